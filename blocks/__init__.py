@@ -1,0 +1,39 @@
+__version__ = "0.1.0"
+
+"""Train image models from composable data blocks. `from blocks import *` gives the names below; each is imported when it is first used."""
+import importlib
+
+_NAMES = {
+    'core': 'BlocksError DataError DeviceError ExportError ItemError MissingExtraError TrainingError WeightsError default_device set_seed',
+    'data.source': '''get_files get_image_files FileGetter ImageGetter image_extensions parent_label RegexLabeller ColReader ItemGetter AttrGetter using_attr
+        RandomSplitter TrainTestSplitter StratifiedSplitter GrandparentSplitter IndexSplitter EndSplitter MaskSplitter FuncSplitter FileSplitter ColSplitter RandomSubsetSplitter''',
+    'data.frame': 'Frame Resize RandomResizedCrop',
+    'data.block': 'Block ImageBlock CategoryBlock',
+    'data.augment': '''aug_transforms Flip Dihedral Rotate Zoom Warp RandomResizedCropGPU Brightness Contrast Saturation Hue RandomErasing Normalize
+        imagenet_stats cifar_stats mnist_stats''',
+    'data.loader': 'Loader Samples',
+    'data.datablock': 'DataBlock DataLoaders Datasets ImageDataLoaders',
+    'model.head': 'AdaptiveConcatPool2d SigmoidRange VisionModel create_head mlp_head param_groups',
+    'model.arch': 'create_body',
+    'infer.predictor': 'Predictions Predictor load_learner',
+    'train.loss': 'BCEWithLogitsLossFlat CrossEntropyLossFlat FocalLossFlat L1LossFlat LabelSmoothingCrossEntropyFlat MSELossFlat',
+    'train.metric': 'Metric accuracy accuracy_multi error_rate mae mse rmse top_k_accuracy',
+    'train.schedule': 'SchedCos SchedExp SchedLin SchedNo SchedPoly combine_scheds combined_cos',
+    'train.callback': '''Callback EarlyStoppingCallback SaveModelCallback TrackerCallback CancelBackwardException CancelBatchException CancelEpochException CancelFitException
+        CancelStepException CancelTrainException CancelValidException''',
+    'train.recorder': 'ProgressCallback Recorder',
+    'train.learner': 'Learner ParamScheduler',
+    'train.vision': 'cnn_learner vision_learner',
+    'train.interpret': 'ClassificationInterpretation',
+}
+_HOME = {name: f'blocks.{module}' for module, names in _NAMES.items() for name in names.split()}
+_HOME |= dict.fromkeys('resnet18 resnet34 resnet50 resnet101 resnet152'.split(), 'torchvision.models') | {'L': 'fastcore.foundation', 'Path': 'pathlib'}
+
+__all__ = sorted(_HOME)
+
+def __getattr__(name):
+    if name not in _HOME: raise AttributeError(f"module 'blocks' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+def __dir__(): return sorted({*globals(), *__all__})

@@ -1,0 +1,322 @@
+"Batch transforms: what must hold for every draw, every layout, every bad value"
+import json
+import pickle
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from blocks.core import DataError, stream
+from blocks.data import augment as A
+from blocks.data.augment import (
+    Brightness,
+    Contrast,
+    Dihedral,
+    Flip,
+    GeometricTfm,
+    Hue,
+    Normalize,
+    RandomErasing,
+    RandomResizedCropGPU,
+    Rotate,
+    Saturation,
+    Warp,
+    Zoom,
+    apply_batch_tfms,
+    aug_transforms,
+    check_batch_tfms,
+    cifar_stats,
+    imagenet_stats,
+    mnist_stats,
+)
+
+EVERY = [Flip(), Dihedral(), Rotate(), Zoom(), Warp(), RandomResizedCropGPU(24), Brightness(), Contrast(), Saturation(), Hue(), RandomErasing()]
+
+def noise(n=8, c=3, h=21, w=17, seed=0, dtype=torch.uint8):
+    "Random pixels: nothing survives a resample unnoticed"
+    x = torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    x = x if dtype == torch.uint8 else x.to(dtype)/255
+    return tv_tensors.Image(x.contiguous(memory_format=torch.channels_last))
+
+def smooth(n=1, h=64, w=64, seed=0):
+    x = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return tv_tensors.Image(F.interpolate(x, size=(h, w), mode='bicubic', align_corners=False).clamp(0, 1))
+
+def plain(x): return x.as_subclass(torch.Tensor)
+def unit(x): return plain(x).float()/255
+def apply(tfms, x, seed=0, **kw): return apply_batch_tfms(tfms, (x,), stream(seed, 'batch'), **kw)[0]
+
+# ---- what is exact ----------------------------------------------------------------------------------------------
+def test_flip_is_exact_and_leaves_its_input():
+    x = noise(); before = x.clone(); out = apply([Flip(p=1.)], x)
+    assert torch.equal(plain(out), unit(x).flip(-1)) and torch.equal(x, before)
+
+def test_two_flips_are_the_identity():
+    x = noise(); assert torch.equal(plain(apply([Flip(p=1.), Flip(p=1.)], x)), unit(x))
+
+def test_dihedral_on_squares_is_one_of_eight_exactly():
+    x = noise(64, h=15, w=15); out = plain(apply([Dihedral(p=1.)], x))
+    ways = torch.stack([t for f in (unit(x), unit(x).flip(-1)) for k in range(4) for t in [f.rot90(k, (-2, -1))]])
+    hits = (ways == out).flatten(2).all(-1)                                                     # (8, 64)
+    assert hits.any(0).all() and hits.any(1).all()                                              # each image is one of them, each of them occurs
+
+def test_images_that_drew_nothing_come_back_bit_for_bit():
+    x = noise(64)
+    for t in (Rotate(30), Zoom(1.2, 1.5), Warp(p=.3), Brightness(.5), Contrast(.5), Saturation(.5), Hue(.3), RandomErasing()):
+        same = (plain(apply([t], x)) == unit(x)).flatten(1).all(1)
+        assert 0 < same.sum() < 64, t
+
+def test_p_0_is_the_identity():
+    x = noise()
+    tfms = [Flip(0.), Dihedral(0.), Rotate(p=0.), Zoom(p=0.), Warp(p=0.), Brightness(p=0.), Contrast(p=0.), Saturation(p=0.), Hue(p=0.), RandomErasing(p=0.)]
+    assert torch.equal(plain(apply(tfms, x)), unit(x))
+
+def test_share_of_changed_images_is_p():
+    x = noise(2000, 1, 4, 4); changed = (plain(apply([Flip(.3)], x)) != unit(x)).flatten(1).any(1).float().mean()
+    assert abs(changed - .3) < .05
+
+# ---- geometry ---------------------------------------------------------------------------------------------------
+def test_composition_is_the_sequence():
+    x, tfms = smooth(4), [Rotate(20, p=1.), Zoom(1.1, 1.4, p=1.), Warp(.2, p=1.), Flip(p=1.)]
+    rng, steps = stream(0, 'batch'), x
+    for t in tfms: steps = apply_batch_tfms([t], (steps,), rng)[0]
+    assert (plain(apply(tfms, x)) - plain(steps))[..., 12:-12, 12:-12].abs().max() < .03
+
+@dataclass(frozen=True, repr=False)
+class By(GeometricTfm):
+    "A rotation by exactly `deg`"
+    deg: float = 90.
+    def matrices(self, rng, n, h, w):
+        m = np.eye(3)[None].repeat(n, 0); c, s = np.cos(np.deg2rad(self.deg)), np.sin(np.deg2rad(self.deg))
+        m[:, :2, :2] = [[c, s*h/w], [-s*w/h, c]]
+        return m
+
+def test_rotation_has_the_stated_angles(monkeypatch):
+    x = noise(h=20, w=20)
+    assert (plain(apply([By(deg=90.)], x)) - unit(x).rot90(-1, (-2, -1))).abs().max() < 1e-3
+    monkeypatch.setattr(Rotate, '_uniform', lambda self, rng, n, low, high, neutral: np.full(n, high))
+    assert (plain(apply([Rotate(90)], x)) - plain(apply([By(deg=90.)], x))).abs().max() < 1e-5
+    assert (plain(apply([Rotate(25)], x)) - plain(apply([By(deg=25.)], x))).abs().max() < 1e-5
+
+@pytest.mark.parametrize('angle', [30, 45, 80])
+def test_rotation_does_not_shear_an_image_that_is_not_square(angle, monkeypatch):
+    h, w = 60, 100
+    yy, xx = np.mgrid[:h, :w]; disc = ((yy-29.5)**2 + (xx-49.5)**2 < 20**2)*255
+    x = tv_tensors.Image(torch.as_tensor(disc, dtype=torch.uint8)[None, None].repeat(1, 3, 1, 1))
+    monkeypatch.setattr(Rotate, '_uniform', lambda self, rng, n, low, high, neutral: np.full(n, high))
+    out = plain(apply([Rotate(angle, pad_mode='zeros')], x))
+    assert (out - unit(x)).abs().mean() < .01                                                    # a disc stays the same disc
+
+def test_quarter_turns_of_images_that_are_not_square_are_turns_in_pixels():
+    x = smooth(16, 24, 40); out = plain(apply([Dihedral(p=1., pad_mode='zeros')], x)); mid = plain(x)[..., 8:32]
+    assert out.shape == x.shape
+    ways = [t for f in (mid, mid.flip(-1)) for k in (1, 3) for t in [f.rot90(k, (-2, -1))]] + [mid, mid.flip(-1), mid.flip(-2), mid.flip(-1, -2)]
+    assert (torch.stack([(o - out[..., 8:32]).abs().flatten(1).amax(1) for o in ways]).amin(0) < 1e-4).all()
+
+def test_zoom_stays_inside_and_has_its_factor():
+    m = Zoom(1.2, 1.5, p=1.).matrices(stream(0), 500, 10, 10)
+    assert (1/m[:, 0, 0]).min() >= 1.2 and (1/m[:, 0, 0]).max() <= 1.5 and (m[:, 0, 0] == m[:, 1, 1]).all()
+    assert (abs(m[:, :2, 2]).T + m[:, 0, 0]).max() <= 1 + 1e-12 and np.ptp(m[:, 0, 2]) > .2
+
+@pytest.mark.parametrize('magnitude', [.2, .5, .99])
+def test_warp_never_reaches_the_horizon(magnitude):
+    m = Warp(magnitude, p=1.).matrices(stream(1), 5000, 32, 32)
+    assert (1 - abs(m[:, 2, 0]) - abs(m[:, 2, 1])).min() >= .2 - 1e-9
+    out = plain(apply([Warp(magnitude, p=1.), Rotate(45, p=1.), Zoom(.5, .5, p=1.)], noise(64)))
+    assert out.isfinite().all() and out.min() >= 0 and out.max() <= 1
+
+def test_warp_moves_the_corners_by_its_draw():
+    m = Warp(.3, p=1.).matrices(stream(1), 200, 32, 32)
+    corners = np.array([[x, y, 1] for x in (-1, 1) for y in (-1, 1)])@m.transpose(0, 2, 1)
+    moved = abs(corners[..., :2]/corners[..., 2:] - np.array([[x, y] for x in (-1, 1) for y in (-1, 1)]))
+    assert .25 < moved.max() <= .3 + 1e-9 and np.ptp(moved, axis=1).max() < 1e-9
+
+@pytest.mark.parametrize('mode,edge', [('zeros', 0.), ('border', 1.)])
+def test_pad_mode_fills_what_lies_outside(mode, edge):
+    x = tv_tensors.Image(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8))
+    assert (plain(apply([Flip(), Zoom(.5, .5, p=1., pad_mode=mode)], x)).amin((1, 2, 3)) == edge).all()
+
+def test_shrinking_averages():
+    checks = tv_tensors.Image((torch.arange(64)[:, None] + torch.arange(64) & 1).mul(255).to(torch.uint8)[None, None].repeat(2, 3, 1, 1))
+    out = plain(apply(aug_transforms(size=12, p_lighting=0.), checks))
+    assert out.shape[-2:] == (12, 12) and (out - .5).abs().max() < .2
+
+def test_a_close_crop_is_not_averaged_before_it_is_enlarged():
+    m = np.stack([np.eye(3), np.diag([.5, .5, 1.]), np.diag([.25, .25, 1.]), np.diag([.1, .1, 1.])])
+    assert A._reduction(m, (64, 64), (16, 16)).tolist() == [4, 2, 1, 1]
+
+def test_an_image_does_not_depend_on_its_neighbours():
+    x = noise(12, h=60, w=60); g = A._draw_geometry([RandomResizedCropGPU(16, min_scale=.05), Rotate(p=.5)], stream(0), 12, (60, 60))
+    alone = [A._resample(tv_tensors.Image(x[i:i+1]), A._Geometry(g.matrix[i:i+1], g.size, g.mode, g.pad_mode)) for i in range(12)]
+    assert torch.equal(torch.cat([plain(o) for o in alone]), plain(A._resample(x, g)))
+
+def test_crop_stays_inside_with_its_area_and_ratio():
+    h, w = 40, 60; m = RandomResizedCropGPU(24, min_scale=.2).matrices(stream(0), 2000, h, w)
+    sx, sy = m[:, 0, 0], m[:, 1, 1]
+    assert (sx + abs(m[:, 0, 2])).max() <= 1 + 1e-9 and (sy + abs(m[:, 1, 2])).max() <= 1 + 1e-9
+    assert .2 - 1e-9 <= (sx*sy).min() < .25 and (sx*w/(sy*h)).min() >= .75 - 1e-9 and (sx*w/(sy*h)).max() <= 4/3 + 1e-9
+    assert np.ptp(sx) > .3
+
+def test_train_and_valid_crops_agree_on_proportions():
+    h, w = 40, 80; x = tv_tensors.Image((torch.arange(w).expand(2, 3, h, w)*3).to(torch.uint8))
+    tfms = aug_transforms(size=20, min_scale=.5, do_flip=False, max_rotate=0, max_zoom=1, max_warp=0, p_lighting=0.)
+    train, valid = apply(tfms, x), apply(tfms, x, train=False)
+    assert train.shape == valid.shape == (2, 3, 20, 20)
+    slope = plain(valid)[0, 0, 0].diff()[2:-2].mean()*255                                       # the middle 40 columns at half the size: 2 columns, 6 grey values
+    assert abs(slope - 6) < .1
+
+def test_one_resample_has_one_size_and_one_padding():
+    for name, a, b in (('size', 32, 48), ('pad_mode', 'zeros', 'border'), ('mode', 'nearest', 'bicubic')):
+        with pytest.raises(DataError, match=f'{name}='): check_batch_tfms([Rotate(**{name: a}), Flip(), Zoom(**{name: b})])
+    assert apply([Rotate(size=32), Zoom(size=(32, 32))], noise()).shape[-2:] == (32, 32)
+
+# ---- light ------------------------------------------------------------------------------------------------------
+def test_light_is_the_steps_on_the_logits():
+    x, tfms = noise(16, dtype=torch.float32), [Brightness(.4, p=1.), Contrast(.4, p=1.), Saturation(.4, p=1.), Brightness(.3, p=1.), Contrast(.3, p=1.)]
+    x = tv_tensors.Image(plain(x).clamp(.01, .99))
+    rng, steps = stream(0, 'batch'), x
+    for t in tfms: steps = apply_batch_tfms([t], (steps,), rng)[0]
+    assert (plain(apply(tfms, x)) - plain(steps)).abs().max() < 1e-4
+
+def test_brightness_and_contrast_have_their_ranges():
+    x = tv_tensors.Image(torch.full((3000, 1, 1, 1), .5))
+    grey = plain(apply([Brightness(.4, p=1.)], x)).flatten()
+    assert .3 <= grey.min() < .31 and .69 < grey.max() <= .7
+    x = tv_tensors.Image(torch.full((3000, 1, 1, 1), .75)); factor = torch.logit(plain(apply([Contrast(.4, p=1.)], x)).flatten())/np.log(3)
+    assert .599 < factor.min() < .62 and 1.6 < factor.max() < 1.668
+
+def test_saturation_keeps_grey_grey_and_brightens_nothing():
+    g = noise(8, 1).repeat(1, 3, 1, 1); x = tv_tensors.Image(g)
+    assert (plain(apply([Saturation(.9, p=1.)], x)) - unit(x)).abs().max() < 1e-5
+
+def test_hue_turns_the_circle():
+    red = tv_tensors.Image(torch.tensor([.8, .2, .2]).view(1, 3, 1, 1).repeat(3, 1, 2, 2))
+    out = A._turn_hue(plain(red), torch.tensor([1/3, 2/3, 1.]))[:, :, 0, 0]
+    assert torch.allclose(out, torch.tensor([[.2, .8, .2], [.2, .2, .8], [.8, .2, .2]]), atol=1e-5)
+    x = plain(noise(8, dtype=torch.float32)); there = A._turn_hue(x, torch.full((8,), .3))
+    assert torch.allclose(A._turn_hue(there, torch.full((8,), -.3)), x, atol=1e-4)
+    assert torch.allclose(there.amax(1), x.amax(1)) and torch.allclose(there.amin(1), x.amin(1), atol=1e-6)
+
+@pytest.mark.parametrize('channels', [1, 2, 4])
+def test_without_colour_there_is_no_hue(channels):
+    x = noise(8, channels)
+    assert torch.equal(plain(apply([Saturation(.5, p=1.), Hue(p=1.)], x)), unit(x))
+    assert apply(EVERY, x).shape == (8, channels, 24, 24)
+
+def test_black_and_white_stay_in_range():
+    x = tv_tensors.Image(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).repeat(64, 3, 2, 1))
+    out = plain(apply([Brightness(.9, p=1.), Contrast(.9, p=1.), Saturation(.9, p=1.), Hue(p=1.)], x))
+    assert out.isfinite().all() and out.min() >= 0 and out.max() <= 1
+
+# ---- erasing ----------------------------------------------------------------------------------------------------
+def test_erasing_has_its_area_and_count():
+    boxes = RandomErasing(p=1., sl=.1, sh=.2).boxes(stream(0), 300, 50, 80)
+    areas = np.array([(r.stop-r.start)*(c.stop-c.start)/4000 for _, r, c in boxes])
+    assert len(boxes) == 300 and areas.max() < .22 and np.median(areas) > .1 and all(0 <= r.start and r.stop <= 50 and 0 <= c.start and c.stop <= 80 for _, r, c in boxes)
+    counts = np.bincount([i for i, *_ in RandomErasing(p=1., max_count=3).boxes(stream(0), 300, 50, 80)])
+    assert set(counts) == {1, 2, 3}
+
+def test_erasing_leaves_the_callers_own_batch():
+    x = noise(dtype=torch.float32); before = x.clone(); out = apply([RandomErasing(p=1.)], x)
+    assert torch.equal(x, before) and not torch.equal(plain(out), plain(x))
+
+# ---- applying ---------------------------------------------------------------------------------------------------
+def test_labels_and_other_fields_pass_untouched():
+    y, mask, text = torch.arange(8), torch.rand(8, 3, 21, 17), ['a']*8
+    x, *rest = apply_batch_tfms(aug_transforms(), (noise(), y, mask, text), stream(0))
+    assert rest[0] is y and rest[1] is mask and rest[2] is text and isinstance(x, tv_tensors.Image)
+    assert apply_batch_tfms(aug_transforms(), (y, text), stream(0)) == (y, text)
+
+def test_two_images_of_a_sample_move_together():
+    x = noise(); a, b = apply_batch_tfms([*EVERY[:-1]], (x, tv_tensors.Image(x.clone())), stream(0)); assert torch.equal(a, b)
+
+def test_output_kind():
+    out = apply(EVERY, noise(dtype=torch.float16))
+    assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last) and out.min() >= 0 and out.max() <= 1
+
+@pytest.mark.parametrize('tfms', [None, [], [Normalize(*imagenet_stats)]])
+def test_nothing_to_do_is_nothing_done(tfms):
+    x = noise(); assert apply(tfms, x) is x and x.dtype == torch.uint8
+
+def test_valid_is_left_alone_or_resized():
+    x = noise(h=40, w=40); called = []
+    tfms = [*EVERY[:5], *EVERY[6:], called.append]
+    assert apply_batch_tfms(tfms, (x,), None, train=False)[0] is x and not called
+    out = apply_batch_tfms(aug_transforms(size=(10, 20)), (x,), None, train=False)[0]
+    assert out.shape == (8, 3, 10, 20) and out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
+    assert (plain(out) - F.interpolate(unit(x), size=(10, 20), mode='bilinear', antialias=True)).abs().max() < 1e-6
+    assert apply_batch_tfms(aug_transforms(size=40), (x,), None, train=False)[0] is x
+
+def test_size_works_when_nothing_else_is_geometric():
+    tfms = aug_transforms(do_flip=False, max_rotate=0, max_zoom=1., max_warp=0, size=12)
+    assert apply(tfms, noise()).shape[-1] == 12 == apply(tfms, noise(), train=False).shape[-1]
+
+def test_draws_depend_on_the_generator_alone():
+    x = noise(); nchw = tv_tensors.Image(plain(x).contiguous()); floats = tv_tensors.Image(unit(x))
+    state, np_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    outs = [plain(apply(EVERY, o)) for o in (x, x, nchw, floats)]
+    assert torch.equal(state, torch.get_rng_state()) and (np_state == np.random.get_state()[1]).all()
+    assert all((outs[0] - o).abs().max() < 1e-5 for o in outs[1:]) and torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], plain(apply(EVERY, x, seed=1)))
+
+def test_every_image_has_its_own_draw_unless_batch_is_asked_for():
+    x = tv_tensors.Image(noise(1).repeat(16, 1, 1, 1)); kw = dict(p_affine=1., p_lighting=1., size=20, min_scale=.5)
+    assert len({plain(o).numpy().tobytes() for o in apply(aug_transforms(**kw), x)}) == 16
+    assert len({plain(o).numpy().tobytes() for o in apply(aug_transforms(batch=True, **kw), x)}) == 1
+
+def test_the_device_is_never_waited_for():
+    "A meta tensor has no values: whatever reads one from the batch fails"
+    x = tv_tensors.Image(torch.empty(8, 3, 40, 40, dtype=torch.uint8, device='meta'))
+    assert apply(EVERY, x).shape == (8, 3, 24, 24) and apply(aug_transforms(), x).device.type == 'meta'
+    assert apply([Flip(), Dihedral()], x).shape == x.shape
+
+def test_ones_own_transforms():
+    seen = []
+    def negative(x): seen.append((type(x), x.dtype, float(x.max()) <= 1)); return 1 - x
+    x = noise(); out = apply([negative, Flip(p=1.)], x)
+    assert seen == [(tv_tensors.Image, torch.float32, True)] and isinstance(out, tv_tensors.Image)
+    assert torch.equal(plain(out), 1 - unit(x).flip(-1))                                         # after ours, wherever it stands in the list
+    assert apply([v2.RandomVerticalFlip(p=1.)], x).equal(unit(x).flip(-2))
+    for bad in (lambda x: None, lambda x: x.mean(), lambda x: x[:3]):
+        with pytest.raises(DataError, match='8 images'): apply([bad], x)
+
+def test_a_single_image_is_not_a_batch():
+    with pytest.raises(DataError, match='batch of images'): apply(aug_transforms(), noise()[0].as_subclass(tv_tensors.Image))
+
+def test_lists_may_hold_lists():
+    tfms = check_batch_tfms([aug_transforms(), None, (Hue(), [Normalize(*cifar_stats)])])
+    assert [type(t) for t in tfms] == [Flip, Warp, Rotate, Zoom, Brightness, Contrast, Hue, Normalize]
+    assert check_batch_tfms(Flip()) == [Flip()] and check_batch_tfms(None) == []
+
+@pytest.mark.parametrize('bad', ['flip', 3, Flip, v2.RandomHorizontalFlip, v2.Normalize([.5], [.5])])
+def test_what_is_no_batch_transform_is_refused(bad):
+    with pytest.raises(DataError, match='batch_tfms'): check_batch_tfms([bad])
+
+# ---- fields -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name,make', [
+    ('p', lambda: Flip(p=1.1)), ('p', lambda: Hue(p=-.1)), ('p', lambda: RandomErasing(p='often')), ('p', lambda: Dihedral(p=float('nan'))),
+    ('max_deg', lambda: Rotate(-1)), ('min_zoom', lambda: Zoom(0)), ('max_zoom', lambda: Zoom(1.2, 1.1)), ('magnitude', lambda: Warp(1.)),
+    ('max_lighting', lambda: Brightness(-.2)), ('max_lighting', lambda: Contrast(1.)), ('max_hue', lambda: Hue(.6)),
+    ('pad_mode', lambda: Rotate(pad_mode='reflect')), ('mode', lambda: Zoom(mode='cubic')), ('size', lambda: Flip(size=0)), ('size', lambda: Flip(size=(3, 4, 5))),
+    ('size', lambda: Flip(size=2.5)), ('size', lambda: RandomResizedCropGPU(None)), ('ratio', lambda: RandomResizedCropGPU(8, ratio=(2, 1))),
+    ('min_scale', lambda: RandomResizedCropGPU(8, min_scale=0)), ('min_scale', lambda: aug_transforms(min_scale=.5)), ('sh', lambda: RandomErasing(sl=.4, sh=.3)),
+    ('max_count', lambda: RandomErasing(max_count=0)), ('std', lambda: Normalize([.5], [0.])), ('mean', lambda: Normalize([.5]*3, [.2])), ('mean', lambda: Normalize([120.], [50.]))])
+def test_a_bad_value_is_refused_by_name(name, make):
+    with pytest.raises(DataError, match=f'{name}='): make()
+
+def test_misspelt_field(): pytest.raises(TypeError, Flip, probability=.5)
+
+@pytest.mark.parametrize('t', [*EVERY, Flip(size=[8, 9]), Normalize.from_stats(*mnist_stats), Normalize(torch.tensor([.5, .4]), np.array([.2, .3]))], ids=repr)
+def test_plain_data_there_and_back(t):
+    assert type(t)(**json.loads(json.dumps(asdict(t)))) == t == pickle.loads(pickle.dumps(t)) and hash(t) == hash(type(t)(**asdict(t)))
+    assert eval(repr(t)) == t
+
+def test_aug_transforms_are_fastais():
+    assert aug_transforms() == [Flip(.5), Warp(.2, .75), Rotate(10., .75), Zoom(1., 1.1, .75), Brightness(.2, .75), Contrast(.2, .75)]
+    assert aug_transforms(2, flip_vert=True, p_affine=.5, p_lighting=1., pad_mode='zeros', xtra_tfms=[Hue()]) == [
+        Dihedral(.5, pad_mode='zeros'), Warp(.4, .5, pad_mode='zeros'), Rotate(20., .5, pad_mode='zeros'), Zoom(1., 1.1, .5, pad_mode='zeros'), Brightness(.4, 1.), Contrast(.4, 1.), Hue()]
+    assert aug_transforms(0, do_flip=False, max_zoom=1.) == []
