@@ -97,7 +97,7 @@ def stream(
     *address,     # what the numbers are for: short strings and integers, e.g. 'frame', epoch, index
 ) -> np.random.Generator:
     "A random generator that depends on `seed` and `address` alone"
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([_key(seed), *map(_key, address)])))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([len(address), _key(seed), *map(_key, address)])))
 
 # %% ../nbs/00_core.ipynb #207b793b
 def set_seed(

@@ -70,6 +70,7 @@ def execute(nb):
     import nbformat
     from nbclient import NotebookClient
     from traitlets.config import Config
+    os.environ.setdefault('OMP_NUM_THREADS', '1')                        # notebooks run side by side: threads of each for all cores would wait for one another
     os.environ.update(MPLBACKEND='module://matplotlib_inline.backend_inline', PYDEVD_DISABLE_FILE_VALIDATION='1', PYTHONWARNINGS='ignore:IProgress not found')
     old, new = nbformat.read(nb, 4), nbformat.read(nb, 4)
     for c in new.cells:

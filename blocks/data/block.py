@@ -201,6 +201,12 @@ class ImageBlock(Block):
             if whole: im.load()
         finally: self._close(raw, im)
 
+    def size(self, raw):
+        "(width, height) of the upright picture, from its header"
+        im = open_image(raw)
+        try: return upright_size(im)
+        finally: self._close(raw, im)
+
     def read(self, raw, frame):
         im = open_image(raw)
         try: a = read_image(im, frame(*upright_size(im)), self.mode, reduced=im is not raw)

@@ -15,9 +15,9 @@ import numpy as np
 from fastcore.foundation import L
 from ..core import BlocksError, DataError, ItemError, as_list, current_seed, default_workers, resolve_device, stream
 from .augment import Normalize, apply_batch_tfms, check_batch_tfms
-from .block import Block, CategoryBlock, ImageBlock, open_image, upright_size
+from .block import Block, CategoryBlock, ImageBlock
 from .frame import FrameDraw, Geometry, Resize
-from .loader import Loader, Samples, read_error
+from .loader import Loader, Samples, input_loader, read_error
 from .source import (ColReader, ColSplitter, GrandparentSplitter, RandomSplitter, RegexLabeller,
                                 check_split, get_image_files, parent_label)
 
@@ -119,7 +119,7 @@ def _check_sizes(samples, bs):
     if image is None or samples.geometries or samples.tfms: return
     raws = samples.fields[image][:max(bs, 200)]
     sizes = {}
-    for raw in raws: sizes.setdefault(upright_size(open_image(raw)), raw)
+    for raw in raws: sizes.setdefault(samples.blocks[image].size(raw), raw)
     if len(sizes) > 1:
         (a, x), (b, y) = list(sizes.items())[:2]
         raise DataError(f"the images have different sizes, {a[0]}×{a[1]} ({x}) and {b[0]}×{b[1]} ({y}), and no item transform brings them to one: add item_tfms=Resize(224)")
@@ -132,6 +132,7 @@ class DataLoaders:
     valid: Loader
     path: Path = Path('.')                      # where a learner saves and exports
     bad_items: L = field(default_factory=L)     # items left out by on_bad='skip'
+    get_x: tuple = ()                           # the template's functions item → raw input
     looks: int = field(default=0, compare=False, repr=False)    # how often `show_batch` was called, so that it shows other samples each time
 
     @property
@@ -191,14 +192,20 @@ class DataLoaders:
         return replace(self, train=one(self.train, True), valid=one(self.valid, False))
 
     def test_dl(self,
-        items,                 # paths, arrays, images…: what `get_x` gave; or a table where get_x was a ColReader
+        items,                 # paths, arrays, images…: what `get_x` gives; or a table, whose rows `get_x` reads
         bs=None,               # batch size; None: that of the validation loader
         num_workers=None,      # None: that of the validation loader
     ):
         "A loader of inputs only, in the order of `items`, read as for validation"
-        items = list(items)
-        samples = Samples((items,), self.blocks[:1], self.valid.samples.geometries, self.valid.samples.tfms)
-        return self.valid.new(samples=samples, bs=bs or self.valid.bs, num_workers=self.valid.num_workers if num_workers is None else num_workers)
+        if hasattr(items, 'iloc'): items = self._inputs(items)
+        return input_loader(self.valid.samples, items, bs=bs or self.valid.bs, num_workers=self.valid.num_workers if num_workers is None else num_workers,
+                            device=self.device, batch_tfms=self.valid.batch_tfms)
+
+    def _inputs(self, table):
+        "The raw inputs in the rows of `table`, by the template's get_x"
+        if not self.get_x: raise DataError("test_dl got a table, and these loaders were not made by a DataBlock whose get_x could read its rows: give a list of the inputs")
+        columns = [_evaluate('get_x', g, table) for g in self.get_x]
+        return columns[0] if len(columns) == 1 else list(zip(*columns))
 
     def show_batch(self,
         max_n=9,          # pictures at most
@@ -357,7 +364,8 @@ class DataBlock:
         "Loaders for `source`; whatever is wrong with the data and can be known now is an error now"
         device = resolve_device(device)
         dsets = self.datasets(source, seed, on_bad, max_bad, num_workers)
-        return make_loaders(dsets, self.batch_tfms, bs, val_bs, num_workers, device, path, shuffle, drop_last)
+        get_x = tuple(g for _, g in self._getters()[:self.n_inp])
+        return replace(make_loaders(dsets, self.batch_tfms, bs, val_bs, num_workers, device, path, shuffle, drop_last), get_x=get_x)
 
     def summary(self, source):
         "Walk one item through every stage and print what it is after each; a failure names the stage"

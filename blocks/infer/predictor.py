@@ -19,7 +19,7 @@ from ..core import ExportError, require, resolve_device
 from ..data import augment, block as data_block, frame as data_frame
 from ..data.augment import apply_batch_tfms
 from ..data.frame import FrameDraw
-from ..data.loader import Loader, Samples, apply_item_tfms, for_split, read_error
+from ..data.loader import Samples, apply_item_tfms, for_split, input_loader, read_error
 from ..model.head import VisionModel, build_vision_model
 
 # %% ../../nbs/infer/20_predictor.ipynb #947b5ca3
@@ -86,9 +86,8 @@ class Predictor:
 
     def loader(self, items, bs=64, num_workers=None):
         "A loader of inputs only, in the order of `items`"
-        raws = [list(o) for o in zip(*items)] if self.n_inp > 1 else [list(items)]
-        samples = Samples(tuple(raws), self.blocks[:self.n_inp], self.geometries, self.tfms, self.n_inp)
-        return Loader(samples, bs, num_workers=num_workers, device=self.device, batch_tfms=self.batch_tfms)
+        samples = Samples(((),)*len(self.blocks), self.blocks, self.geometries, self.tfms, self.n_inp)
+        return input_loader(samples, items, bs=bs, num_workers=num_workers, device=self.device, batch_tfms=self.batch_tfms)
 
     def predict_batch(self,
         items,               # what `predict` takes, many of them

@@ -143,11 +143,12 @@ class _Setup:
     def _to_device(self): self.model.to(self.device, memory_format=torch.channels_last)
 
     def _set_modes(self, training):
-        "Training mode; but the normalisation layers of a frozen part keep their statistics"
+        "Training or evaluation mode; without `train_bn`, the normalisation layers before the last layer group keep their statistics"
         self.model.train(training)
         if not training or self.train_bn: return
+        kept = {id(p) for ps in self.splitter(self.model)[:-1] for p in ps}
         for m in self.model.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine and not m.weight.requires_grad: m.eval()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and id(m.weight) in kept: m.eval()
 
     def activate(self, pred):
         "Probabilities (or numbers in the units of the data) from the output of the model"
@@ -333,7 +334,7 @@ class Learner(_Loop, _Setup, _Recipes, _Evaluation, _Saving):
         cbs=None,                  # callbacks of every fit
         wd=.01,                    # weight decay
         wd_bn_bias=False,          # also decay normalisation layers and biases
-        train_bn=False,            # keep normalisation layers of a frozen body training, as fastai does; slower
+        train_bn=True,             # normalisation layers of the body learn new statistics, and their scale and shift even when frozen; False keeps the statistics
         moms=(.95, .85, .95),      # momentum in one-cycle training: start, middle, end
         path=None,                 # where to save and export; None: `dls.path`
         model_dir='models',        # folder of saved weights, in `path`

@@ -27,7 +27,8 @@ def cnn_learner(
     n_in=None,             # number of input channels; None: those of the image block
     normalize=True,        # the model normalises its input by the statistics of its weights
     concat_pool=True, first_bn=True, bn_final=False, lin_first=False,          # as in `create_head`
-    **kwargs,              # further arguments of `Learner`: path, model_dir, precision, train_bn, …
+    train_bn=None,         # normalisation layers of the body learn new statistics; None: only when it is not pretrained
+    **kwargs,              # further arguments of `Learner`: path, model_dir, precision, …
 ):
     "A `Learner` with a new head on the body of `arch`, frozen when pretrained. Raises `WeightsError` that says where to put weights that cannot be had"
     image = dls.blocks[0]
@@ -36,8 +37,9 @@ def cnn_learner(
     model = create_vision_model(arch, n_out, pretrained=pretrained, weights=weights, cut=cut, custom_head=custom_head, ps=ps, lin_ftrs=lin_ftrs, concat_pool=concat_pool,
                                 first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range, n_in=n_in, normalize=normalize and image.mean is None)
     if opt_func is not None: kwargs['opt_func'] = opt_func
-    learn = Learner(dls, model, loss_func=loss_func, lr=lr, metrics=metrics, cbs=cbs, wd=wd, **kwargs)
-    if pretrained or weights is not None: learn.freeze()
+    pretrained = pretrained or weights is not None
+    learn = Learner(dls, model, loss_func=loss_func, lr=lr, metrics=metrics, cbs=cbs, wd=wd, train_bn=not pretrained if train_bn is None else train_bn, **kwargs)
+    if pretrained: learn.freeze()
     return learn
 
 vision_learner = cnn_learner

@@ -1,0 +1,202 @@
+"The events of the loop, what stops it, and the callbacks that watch it."
+import math
+import operator
+
+import pytest
+import torch
+
+from blocks import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+                    CancelValidException, EarlyStoppingCallback, Learner, SaveModelCallback, TrackerCallback, accuracy)
+from blocks.core import TrainingError
+from blocks.train.callback import EVENTS, check_callback
+
+
+class At(Callback):
+    "Does something at one event, while a condition holds; `seen` lists all events, and is kept to the end"
+    def __init__(self, event, do, when=lambda learn: True): self.event, self.do, self.when, self.seen = event, do, when, []
+    def hear(self, event):
+        self.seen.append(event)
+        if event == self.event and self.when(self.learn): self.do(self.learn)
+
+for _event in EVENTS: setattr(At, _event, lambda self, event=_event: self.hear(event))
+
+def throw(e):
+    def do(learn): raise e
+    return do
+
+def training(learn): return learn.training
+
+@pytest.fixture
+def learn(dls, tiny, tmp_path):
+    learn = Learner(dls, tiny(), metrics=accuracy, path=tmp_path)
+    learn.remove_cbs(learn.progress)
+    return learn
+
+def weights(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+def equal(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch']
+VALID = ['before_validate', *(['before_batch', 'after_pred', 'after_loss', 'after_batch']*2), 'after_validate']
+
+# --- order
+def test_the_events_in_order(learn):
+    spy = At(None, None)
+    learn.fit(2, cbs=spy)
+    assert spy.seen == ['before_fit', *(['before_epoch', 'before_train', *BATCH*4, 'after_train', *VALID, 'after_epoch']*2), 'after_fit']
+
+def test_validate_fires_its_own_events_only(learn):
+    spy = At(None, None)
+    learn.validate(cbs=spy)
+    assert spy.seen == VALID
+
+def test_callbacks_run_by_order_then_as_they_came(learn):
+    said = []
+    cbs = [type(f'C{i}', (Callback,), dict(order=order, before_fit=lambda self, i=i: said.append(i)))() for i, order in enumerate((5, -3, 5, 0))]
+    learn.fit(1, cbs=cbs)
+    assert said == [1, 3, 0, 2]
+
+def test_a_callback_of_one_fit_is_gone_after_it_also_after_an_error(learn):
+    before = list(learn.cbs)
+    learn.fit(1, cbs=Callback())
+    with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=At('after_loss', throw(ZeroDivisionError())))
+    assert learn.cbs == before
+
+# --- cancelling
+def test_cancel_fit_in_a_batch_ends_the_fit_there(learn):
+    spy = At('after_loss', throw(CancelFitException()), lambda l: l.iter == 1)
+    learn.fit(3, cbs=spy)
+    assert spy.seen[-2:] == ['after_loss', 'after_fit'] and spy.seen.count('before_epoch') == 1 and len(learn.recorder.losses) == 1 and len(learn.recorder.values) == 0
+
+def test_cancel_epoch_goes_on_with_the_next(learn):
+    spy = At('before_batch', throw(CancelEpochException()), lambda l: l.epoch == 0 and l.iter == 2)
+    learn.fit(2, cbs=spy)
+    assert spy.seen.count('after_epoch') == 2 and spy.seen.count('before_validate') == 1 and len(learn.recorder.values) == 2
+
+def test_cancel_epoch_keeps_the_losses_of_the_steps_that_were_done(learn):
+    learn.fit(2, cbs=At('before_batch', throw(CancelEpochException()), lambda l: l.epoch == 0 and l.iter == 2))
+    assert len(learn.recorder.losses) == len(learn.recorder.lrs) == 2 + 4
+
+def test_an_epoch_without_validation_does_not_repeat_the_values_of_the_last_one(learn):
+    learn.fit(2, cbs=At('before_batch', throw(CancelEpochException()), lambda l: l.epoch == 1 and l.training))
+    assert learn.recorder.values[0][1] is not None and list(learn.recorder.values[1][1:]) == [None, None]
+
+def test_cancel_train_still_validates(learn):
+    spy = At('before_batch', throw(CancelTrainException()), lambda l: l.training and l.iter == 1)
+    learn.fit(1, cbs=spy)
+    assert spy.seen.count('after_step') == 1 and spy.seen[-len(VALID)-4:-len(VALID)-2] == ['before_batch', 'after_train']
+    assert spy.seen[-3:] == ['after_validate', 'after_epoch', 'after_fit'] and len(learn.recorder.losses) == 1 and learn.recorder.values[0][1] is not None
+
+def test_cancel_valid_ends_validation_only(learn):
+    spy = At('before_batch', throw(CancelValidException()), lambda l: not l.training and l.iter == 1)
+    learn.fit(2, cbs=spy)
+    assert spy.seen.count('after_validate') == spy.seen.count('after_epoch') == 2 and len(learn.recorder.losses) == 8
+
+def test_cancel_batch_skips_one_step(learn):
+    spy = At('after_pred', throw(CancelBatchException()), lambda l: l.training and l.iter == 1)
+    learn.fit(1, cbs=spy)
+    assert spy.seen.count('after_step') == 3 and spy.seen.count('after_batch') == 6 and len(learn.recorder.losses) == 3
+
+def test_cancel_backward_leaves_the_weights(learn):
+    spy, before = At('before_backward', throw(CancelBackwardException())), dict(learn.model.named_parameters())
+    before = {k: v.clone() for k, v in before.items()}
+    learn.fit(1, 1e-1, cbs=spy)
+    assert 'after_backward' not in spy.seen and all(torch.equal(v, before[k]) for k, v in learn.model.named_parameters())
+
+def test_cancel_step_leaves_the_weights_and_clears_the_gradients(learn):
+    before = {k: v.clone() for k, v in learn.model.named_parameters()}
+    learn.fit(1, 1e-1, cbs=At('before_step', throw(CancelStepException())))
+    assert all(torch.equal(v, before[k]) and v.grad is None for k, v in learn.model.named_parameters())
+
+@pytest.mark.parametrize('event,e', [('before_epoch', CancelEpochException), ('before_train', CancelTrainException), ('before_validate', CancelValidException),
+                                     ('before_train', CancelEpochException), ('after_train', CancelEpochException), ('before_fit', CancelFitException), ('after_epoch', CancelFitException)])
+def test_cancelling_at_the_edges(learn, event, e):
+    spy = At(event, throw(e()))
+    learn.fit(2, cbs=[spy, TrackerCallback()])
+    assert spy.seen[-1] == 'after_fit'
+
+# --- errors and interrupts
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ZeroDivisionError])
+def test_after_fit_comes_also_after_an_error_and_an_interrupt(learn, error):
+    spy = At('after_loss', throw(error()), lambda l: l.training and l.iter == 2)
+    with pytest.raises(error): learn.fit(1, cbs=spy)
+    assert spy.seen[-1] == 'after_fit'                                   # as the docstring of Callback.after_fit says
+
+def test_a_method_that_looks_like_an_event_is_an_error_an_attribute_is_not():
+    class Typo(Callback):
+        def after_batches(self): pass
+    class Holder(Callback):
+        def __init__(self): self.before_weights = []
+    with pytest.raises(TrainingError, match="'after_batches'.*before_fit"): check_callback(Typo)
+    assert isinstance(check_callback(Holder()), Holder)
+
+@pytest.mark.parametrize('no_cb', ['x', 3, len])
+def test_what_is_no_callback_is_an_error(dls, tiny, no_cb):
+    with pytest.raises(TrainingError, match='expected a Callback'): Learner(dls, tiny(), cbs=no_cb)
+
+# --- not finite
+def poison(learn):
+    for p in learn.model.parameters(): p.data.fill_(math.nan)
+
+def test_nan_stops_and_names_epoch_and_step(learn):
+    with pytest.raises(TrainingError, match=r'not finite \(nan\) in epoch 1, step 3 of 4') as e: learn.fit(3, cbs=At('after_step', poison, lambda l: l.epoch == 1 and l.iter == 1))
+    assert any('step 3 of 4' in note for note in e.value.__notes__) and len(learn.recorder.values) == 1      # the third step is the first that sees the poison
+
+def test_nan_in_validation_alone_goes_on(learn):
+    learn.fit(1, cbs=At('after_pred', lambda l: setattr(l, 'pred', l.pred*math.nan), lambda l: not l.training))
+    assert math.isnan(learn.recorder.values[0][1])
+
+# --- watching
+class Steer(Callback):
+    "Gives each epoch a validation loss of one's choice, and marks the weights with the epoch"
+    order = 51
+    def __init__(self, losses): self.losses = losses
+    def after_epoch(self):
+        self.learn.recorder.values[-1][1] = self.losses[self.learn.epoch]
+        torch.nn.init.constant_(self.learn.model[-1].bias, self.learn.epoch)
+
+def marked(learn): return int(learn.model[-1].bias[0])
+
+def test_saving_restores_the_best(learn):
+    learn.fit(4, cbs=[Steer([3., 1., 2., 4.]), SaveModelCallback()])
+    assert marked(learn) == 1 and (learn.path/'models'/'model.pth').is_file()
+
+def test_saving_every_epoch(learn):
+    learn.fit(2, cbs=[Steer([3., 4.]), SaveModelCallback(fname='e', every_epoch=True)])
+    assert {f.name for f in (learn.path/'models').iterdir()} == {'e.pth', 'e_0.pth', 'e_1.pth'}
+
+def test_the_best_of_an_earlier_fit_comes_back_when_asked(learn):
+    cb = SaveModelCallback(reset_on_fit=False)
+    learn.fit(2, cbs=[Steer([3., 1.]), cb])
+    learn.fit(1, cbs=[Steer([2.]), cb])
+    assert marked(learn) == 1
+
+@pytest.mark.parametrize('patience,epochs', [(1, 3), (2, 5)])
+def test_early_stopping(learn, capsys, patience, epochs):
+    learn.fit(6, cbs=[Steer([3., 2., 2.5, 1., 4., 5.] if patience == 1 else [3., 2., 2.5, 1.9999, 4., 5.]), EarlyStoppingCallback(patience=patience, min_delta=.01)])
+    assert len(learn.recorder.values) == (3 if patience == 1 else 4)
+    assert 'since epoch 1' in capsys.readouterr().out
+
+@pytest.mark.parametrize('turned', [False, True])
+def test_saving_and_early_stopping_in_both_orders(learn, turned):
+    cbs = [EarlyStoppingCallback(patience=1), SaveModelCallback()]
+    learn.fit(5, cbs=[Steer([3., 1., 2., 0., 0.]), *(cbs[::-1] if turned else cbs)])
+    assert len(learn.recorder.values) == 3 and marked(learn) == 1
+
+def test_higher_is_better_for_a_metric_and_lower_for_an_error():
+    assert TrackerCallback(monitor='accuracy').comp(2., 1.) and TrackerCallback(monitor='error_rate').comp(1., 2.) and TrackerCallback(comp=operator.gt).lower is False
+
+@pytest.mark.parametrize('cls', [EarlyStoppingCallback, SaveModelCallback])
+def test_an_unknown_column_is_an_error_that_lists_them(learn, cls):
+    with pytest.raises(TrainingError, match="'acc'.*train_loss, valid_loss, accuracy") as e: learn.fit(1, cbs=cls(monitor='acc'))
+    assert not getattr(e.value, '__notes__', [])                         # no step has been taken yet
+
+def test_an_unknown_column_loses_no_records_of_the_fit_before_and_names_no_step_of_it(learn):
+    learn.fit(1)
+    with pytest.raises(TrainingError) as e: learn.fit(1, cbs=EarlyStoppingCallback(monitor='acc'))
+    assert not getattr(e.value, '__notes__', [])
+    assert len(learn.recorder.values) == 1
+
+def test_watching_an_epoch_without_a_value_is_no_step_forward(learn):
+    cb = TrackerCallback()
+    learn.fit(1, cbs=[cb, At('before_validate', throw(CancelValidException()))])
+    assert not cb.new_best
