@@ -8,7 +8,7 @@ __all__ = ['SIZE', 'EPOCHS', 'PREDICT', 'read_cells', 'make_block', 'make_learne
 # %% ../../nbs/app/40_demo.ipynb #cf343c93
 import subprocess, sys, time
 from pathlib import Path
-from ..core import require
+from ..core import DataError, require
 
 # %% ../../nbs/app/40_demo.ipynb #70f16d11
 SIZE, EPOCHS = 128, 3                 # pixels of the images; epochs of the whole model, after one of the head alone
@@ -45,7 +45,7 @@ from pathlib import Path
 from blocks import load_learner
 
 learn = load_learner(Path(__file__).parent/'export.pkl')
-for file in sys.argv[1:] or sys.stdin.read().split('\\n'):
+for file in sys.argv[1:] or sys.stdin.read().splitlines():
     label, index, probs = learn.predict(file)
     print(label, f'{float(probs[index]):.4f}', file, sep='\\t')
 '''
@@ -68,6 +68,7 @@ def run_demo(
     import pandas as pd
     from blocks import ClassificationInterpretation, set_seed
     out, start = Path(out), time.perf_counter()
+    if out.exists() and not out.is_dir(): raise DataError(f'{out} is a file: give a folder')
     out.mkdir(parents=True, exist_ok=True)
     set_seed(42)
 

@@ -29,6 +29,7 @@ class Callback:
     @property
     def name(self): return type(self).__name__.removesuffix('Callback')
 
+    def check(self): "Raise what makes a fit impossible, before it touches anything"
     def before_fit(self): "Before anything else of a fit"
     def before_epoch(self): "At the start of each epoch"
     def before_train(self): "Before the training batches of an epoch"
@@ -56,7 +57,7 @@ def check_callback(
     "A `Callback` instance, whose methods that look like events are events; raises `TrainingError`"
     cb = cb() if isinstance(cb, type) else cb
     if not isinstance(cb, Callback): raise TrainingError(f"cbs has {cb!r}, expected a Callback")
-    wrong = [k for k in dir(cb) if k.startswith(('before_', 'after_')) and k not in EVENTS]
+    wrong = [k for k in dir(cb) if k.startswith(('before_', 'after_')) and k not in EVENTS and callable(getattr(cb, k))]
     if wrong: raise TrainingError(f"{type(cb).__name__} has a method {wrong[0]!r}, which is not an event and would never be called; the events are {', '.join(EVENTS)}")
     return cb
 
@@ -78,7 +79,7 @@ class StopOnNonFinite(Callback):
         if not self.losses: return
         finite = torch.isfinite(torch.stack([o.float().mean() for o in self.losses])).tolist()
         if not all(finite):
-            l, step = self.learn, self.learn.iter - len(finite) + finite.index(False) + 1
+            l, step = self.learn, self.learn.iter - len(finite) + finite.index(False) + 2        # counted from 1
             raise TrainingError(f"the training loss is not finite ({float(self.losses[finite.index(False)].mean())}) in epoch {l.epoch}, step {step} of {l.n_iter}, at learning rate {l.opt.param_groups[-1]['lr']:.3g}. "
                                 f"What to do: a lower learning rate; look for targets or images that are not finite; load the weights you saved last")
         self.losses = []
@@ -97,15 +98,15 @@ class TrackerCallback(Callback):
         self.lower = is_lower_better(monitor) if comp is None else comp(1., 2.)
         self.comp = comp or ((lambda new, best: new < best) if self.lower else (lambda new, best: new > best))
 
-    def before_fit(self):
+    def check(self):
         names = [n for n in self.learn.recorder.metric_names if n not in ('epoch', 'time')]
         if self.monitor not in names: raise TrainingError(f"{type(self).__name__}(monitor={self.monitor!r}): there is no such column, the columns are {', '.join(names)}")
+    def before_fit(self):
         if self.reset_on_fit or self.best is None: self.best = math.inf if self.lower else -math.inf
 
     def after_epoch(self):
         value = self.learn.recorder.last(self.monitor)
-        shifted = value + self.min_delta if self.lower else value - self.min_delta
-        self.new_best = value is not None and self.comp(shifted, self.best)
+        self.new_best = value is not None and bool(self.comp(value + self.min_delta if self.lower else value - self.min_delta, self.best))
         if self.new_best: self.best = value
 
 class EarlyStoppingCallback(TrackerCallback):
@@ -126,8 +127,8 @@ class SaveModelCallback(TrackerCallback):
     order = 59    # before early stopping, whose exception would end the epoch
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., fname='model', every_epoch=False, with_opt=False, reset_on_fit=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)
-        self.fname, self.every_epoch, self.with_opt = fname, every_epoch, with_opt
-    def before_fit(self): super().before_fit(); self.saved = False
+        self.fname, self.every_epoch, self.with_opt, self.saved = fname, every_epoch, with_opt, False
+    def before_fit(self): super().before_fit(); self.saved = self.saved and not self.reset_on_fit
     def after_epoch(self):
         super().after_epoch()
         if self.every_epoch: self.learn.save(f'{self.fname}_{self.learn.epoch}', with_opt=self.with_opt)

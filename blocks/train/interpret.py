@@ -11,7 +11,7 @@ import numpy as np, torch
 from fastcore.foundation import L
 from ..core import DataError
 from ..data.block import CategoryBlock
-from ..data.datablock import grid
+from ..data.loader import grid
 
 # %% ../../nbs/train/38_interpret.ipynb #bf95a19a
 class ClassificationInterpretation:
@@ -24,6 +24,7 @@ class ClassificationInterpretation:
     def from_learner(cls, learn, ds_idx=1, dl=None):
         "Predict a whole loader of `learn` (1: validation, 0: training items without augmentation)"
         dl = learn._loader(ds_idx, dl)
+        if getattr(dl, 'shuffle', False) or dl.samples.train: dl = dl.in_order()         # the losses have to be those of the items
         if len(learn.dls.targets) != 1 or not isinstance(learn.dls.targets[0], CategoryBlock): raise DataError('ClassificationInterpretation needs one target of categories')
         probs, targs, losses = learn.get_preds(dl=dl, with_loss=True)
         if targs is None: raise DataError('ClassificationInterpretation needs a loader with targets')
@@ -34,12 +35,12 @@ class ClassificationInterpretation:
         n = len(self.vocab)
         return torch.bincount(self.targs*n + self.decoded, minlength=n*n).view(n, n).numpy()
 
-    def plot_confusion_matrix(self, normalize=False, title='Confusion matrix', cmap='Blues', figsize=None, ax=None):
+    def plot_confusion_matrix(self, normalize=False, title='Confusion matrix', cmap='Blues', figsize=None, dpi=None, ax=None):
         "Draw the confusion matrix; with `normalize` as shares of each actual class"
         import matplotlib.pyplot as plt
         cm, n = self.confusion_matrix(), len(self.vocab)
         if normalize: cm = cm/np.maximum(cm.sum(1, keepdims=True), 1)
-        ax = ax or plt.subplots(figsize=figsize or (max(3.4, .5*n + 2),)*2, layout='constrained')[1]
+        ax = ax or plt.subplots(figsize=figsize or (max(3.4, .5*n + 2),)*2, dpi=dpi, layout='constrained')[1]
         ax.imshow(cm, cmap=cmap, vmin=0)
         names = [str(o) for o in self.vocab]
         ax.set(title=title, xlabel='predicted', ylabel='actual', xticks=range(n), yticks=range(n), yticklabels=names)

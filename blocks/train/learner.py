@@ -6,7 +6,7 @@
 __all__ = ['default_opt', 'make_optimizer', 'block_loss', 'ParamScheduler', 'set_momentum', 'Learner']
 
 # %% ../../nbs/train/36_learner.ipynb #76a6b95b
-import inspect, os, tempfile
+import inspect
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from ..core import DataError, TrainingError, as_list
 from ..data.block import CategoryBlock
-from ..data.datablock import show_samples
-from ..infer.predictor import Predictor, export_predictor
+from ..data.loader import show_samples
+from ..infer.predictor import Predictor, export_predictor, write_whole
 from ..model.head import param_groups
 from .callback import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                                    CancelStepException, CancelTrainException, CancelValidException, StopOnNonFinite, check_callback)
@@ -38,9 +38,11 @@ def make_optimizer(
 ):
     "A torch optimizer whose groups carry `layer`, the number of their layer group"
     spared = set() if wd_bn_bias else {id(p) for m in model.modules() for k, p in m.named_parameters(recurse=False) if k == 'bias' or _is_norm(m)}
-    parts = [dict(params=[p for p in ps if (id(p) in spared) == bare], lr=lr, weight_decay=0. if bare else wd, layer=i)
+    parts = [dict(params=[p for p in ps if (id(p) in spared) == bare], lr=lr, weight_decay=0. if bare else wd, layer=i, decays=not bare)
              for i, (ps, lr) in enumerate(zip(groups, lrs)) for bare in (False, True)]
-    return _opt_class(opt_func)([o for o in parts if o['params']], lr=lrs[-1])
+    opt = _opt_class(opt_func)([o for o in parts if o['params']], lr=lrs[-1])
+    if not all('layer' in g for g in opt.param_groups): raise TrainingError("opt_func has to hand the parameter groups on as they are: it is called with (groups, lr=…)")
+    return opt
 
 def _is_norm(m): return isinstance(m, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)) or type(m).__name__ in ('LayerNorm2d', 'BatchNormAct2d', 'RMSNorm')
 
@@ -57,8 +59,15 @@ class _Loop:
         "Train for `n_epoch` epochs at the rate `lr` (a `slice` spreads it over the layer groups)"
         self._check()
         self._prepare(lr, wd, reset_opt)
-        self.n_epoch = n_epoch
-        with self.added_cbs(cbs): self._stage('fit', self._epochs, CancelFitException, always=True)
+        self.n_epoch, self.epoch, self.iter = n_epoch, 0, None
+        with self.added_cbs(cbs), self._fitting(): self._stage('fit', self._epochs, CancelFitException, always=True)
+
+    @contextmanager
+    def _fitting(self):
+        for cb in self.cbs: cb.check()
+        self._in_fit = True
+        try: yield
+        finally: self._in_fit = False
 
     def _epochs(self):
         for self.epoch in range(self.n_epoch): self._stage('epoch', self._one_epoch, CancelEpochException)
@@ -73,6 +82,7 @@ class _Loop:
     def _all_batches(self, dl, training):
         self.training, self.n_iter = training, len(dl)
         self._set_modes(training)
+        if training: dl.epoch, self.passes = self.passes, self.passes + 1        # counted here: what another learner did with these loaders does not matter
         for self.iter, self.batch in enumerate(dl): self._stage('batch', self._one_batch, CancelBatchException, before=False)
 
     def _one_batch(self):
@@ -108,11 +118,10 @@ class _Loop:
     def _after_error(self, name):
         "The end of a fit that was broken off: the model is left usable, and what was recorded is kept"
         if self.opt is not None: self.opt.zero_grad()
-        for cb in (self.recorder, self.progress):
-            if cb in self.cbs: getattr(cb, f'after_{name}')()
+        self(f'after_{name}')
 
     def _tell_where(self, e):
-        if hasattr(e, 'add_note') and hasattr(self, 'iter'):
+        if hasattr(e, 'add_note') and self.iter is not None:
             e.add_note(f"In fit: epoch {self.epoch} of {self.n_epoch}, {'training' if self.training else 'validation'} step {self.iter+1} of {self.n_iter}. "
                        "The model keeps what it has learned so far, and learn.recorder what was recorded.")
 
@@ -129,16 +138,26 @@ class _Setup:
         for b in self.dls.targets:
             if isinstance(b, CategoryBlock) and b.n_out < 2: raise TrainingError(f"there is only one class, {b.vocab[0]!r}: a classifier needs at least two. Check get_y: does every item get the same label?")
         if not len(self.dls.train): raise TrainingError(f"there is no training batch: {self.dls.train.n} items, bs={self.dls.train.bs}, drop_last={self.dls.train.drop_last}")
-        if self.dls.train.bs == 1 and any(isinstance(m, nn.BatchNorm1d) for m in self.model.modules()): raise TrainingError("a training batch has one item, and BatchNorm needs at least two: build with a larger bs")
+        dl = self.dls.train
+        if (dl.bs == 1 or (not dl.drop_last and dl.n % dl.bs == 1)) and any(isinstance(m, nn.BatchNorm1d) for m in self.model.modules()): raise TrainingError("a training batch has one item, and BatchNorm needs at least two: build with a larger bs")
 
     def _prepare(self, lr, wd, reset_opt):
         self._to_device()
         lr, groups = self.lr if lr is None else lr, self.splitter(self.model)
         lrs = spread_lr(lr, len(groups))
-        if self.opt is None or reset_opt or self._opt_device != self.device: self.opt, self._opt_device = make_optimizer(self.model, groups, self.opt_func, lrs, self.wd, self.wd_bn_bias), self.device
+        if reset_opt or not self._opt_fits(groups): self.create_opt(lrs)
         for g in self.opt.param_groups:
             g['lr'] = lrs[g['layer']]
-            if wd is not None and g['weight_decay']: g['weight_decay'] = wd
+            if g['decays']: g['weight_decay'] = self.wd if wd is None else wd
+
+    def create_opt(self, lrs=None):
+        "A fresh optimizer for the model as it is now"
+        groups = self.splitter(self.model)
+        self.opt, self._opt_device = make_optimizer(self.model, groups, self.opt_func, lrs or spread_lr(self.lr, len(groups)), self.wd, self.wd_bn_bias), self.device
+
+    def _opt_fits(self, groups):
+        "Is there an optimizer, for these very parameters on this device?"
+        return self.opt is not None and self._opt_device == self.device and {id(p) for g in self.opt.param_groups for p in g['params']} == {id(p) for ps in groups for p in ps}
 
     def _to_device(self): self.model.to(self.device, memory_format=torch.channels_last)
 
@@ -179,7 +198,7 @@ def set_momentum(opt, mom):
     "Momentum of SGD, or the first β of the Adam family; optimizers without either are left alone"
     for g in opt.param_groups:
         if 'betas' in g: g['betas'] = (mom, *g['betas'][1:])
-        elif 'momentum' in g: g['momentum'] = mom
+        elif g.get('momentum') or ('momentum' in g and isinstance(opt, torch.optim.SGD)): g['momentum'] = mom       # RMSprop made without momentum has no buffer for it
 
 # %% ../../nbs/train/36_learner.ipynb #e4c2b489
 class _Recipes:
@@ -202,8 +221,9 @@ class _Recipes:
     def freeze_to(self, n):
         "Only layer groups from number `n` on learn (negative: counted from the end)"
         groups = self.splitter(self.model)
-        self.frozen = n if n >= 0 else len(groups) + n
-        if not 0 <= self.frozen < len(groups): raise TrainingError(f"freeze_to({n}): the model has {len(groups)} layer groups")
+        first = n if n >= 0 else len(groups) + n
+        if not 0 <= first < len(groups): raise TrainingError(f"freeze_to({n}): the model has {len(groups)} layer groups")
+        self.frozen = first
         norms = {id(p) for m in self.model.modules() if _is_norm(m) for p in m.parameters(recurse=False)} if self.train_bn else set()
         for i, ps in enumerate(groups):
             for p in ps: p.requires_grad_(i >= self.frozen or id(p) in norms)
@@ -215,21 +235,41 @@ class _Recipes:
         self.freeze_to(0)
 
 # %% ../../nbs/train/36_learner.ipynb #9655e23d
+_PLACE = ('training', 'n_epoch', 'epoch', 'iter', 'n_iter', 'batch', 'xb', 'yb', 'pred', 'loss')    # where a fit is
+
 class _Evaluation:
     "Measuring, predicting, looking"
-    def _loader(self, ds_idx, dl): return dl if dl is not None else self.dls.valid if ds_idx == 1 else self.dls[ds_idx].in_order()
+    def _loader(self, ds_idx, dl):
+        if dl is None and ds_idx not in (0, 1): raise DataError(f"ds_idx={ds_idx!r}: expected 0 (the training items) or 1 (validation), or give a loader: dl=")
+        return dl if dl is not None else self.dls.valid if ds_idx == 1 else self.dls.train.in_order()
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
         "[loss, *metrics] over all of a loader (1: validation, 0: the training items without augmentation)"
+        with self._aside():
+            self.n_epoch, self.epoch = 0, 0
+            with self.added_cbs(cbs), self._bar_alone(): self._validate(self._loader(ds_idx, dl))
+            if self.recorder.valid_loss is None: raise DataError('validate: the loader gives no batch, or no targets to compare with')
+            return self.recorder.validation()
+
+    @contextmanager
+    def _aside(self):
+        "Measure in the middle of whatever is going on: the modes of the model and the place in the loop are put back"
         self._to_device()
-        self.n_epoch, self.epoch = 0, 0
-        with self.added_cbs(cbs), self._bar_alone(): self._validate(self._loader(ds_idx, dl))
-        return self.recorder.validation()
+        modes, place = [(m, m.training) for m in self.model.modules()], {k: vars(self)[k] for k in _PLACE if k in vars(self)}
+        kept = {k: vars(self.recorder)[k] for k in ('_valid', 'valid_loss')}
+        try: yield
+        finally:
+            for m, mode in modes: m.training = mode
+            vars(self).update(place)
+            if self._in_fit: vars(self.recorder).update(kept)
 
     def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None):
         "(inputs,) probabilities, targets (, decoded) (, losses) of a whole loader, in its order; targets are None where it has none"
-        self._to_device(); self.model.eval()
-        got, n_inp, dl = [], self._n_inp, self._loader(ds_idx, dl)
+        with self._aside(): return self._get_preds(self._loader(ds_idx, dl), with_input, with_decoded, with_loss, act)
+
+    def _get_preds(self, dl, with_input, with_decoded, with_loss, act):
+        self.model.eval()
+        got, n_inp = [], self._n_inp
         with self._bar_alone(), torch.no_grad():
             for i, batch in enumerate(dl):
                 pred = self.model(*batch[:n_inp]).float()
@@ -258,10 +298,11 @@ class _Evaluation:
     def _bar_alone(self):
         "A progress bar without a table; cleared at the end"
         shown = self.progress in self.cbs
+        before = self.progress.screen
         if shown: self.progress._begin([])
         try: yield
         finally:
-            if shown: self.progress.screen.end()
+            if shown: self.progress.screen.end(); self.progress.screen = before
 
     @property
     def predictor(self):
@@ -276,17 +317,18 @@ class _Evaluation:
 
     def predict(self, item):
         "(label, index, probabilities) for a path, bytes, Pillow image, array or tensor"
-        return self.predictor.predict(item)
+        with self._aside(): return self.predictor.predict(item)
 
     def predict_batch(self, items, bs=None, num_workers=None):
         "`Predictions` for many items, in their order"
-        return self.predictor.predict_batch(items, bs or self.dls.valid.bs, num_workers)
+        with self._aside(): return self.predictor.predict_batch(items, bs or self.dls.valid.bs, num_workers)
 
     def show_results(self, ds_idx=1, dl=None, max_n=9, nrows=None, ncols=None, figsize=None):
         "Draw items with what they are and, below, what the model says; wrong answers in red"
         batch = next(iter(self._loader(ds_idx, dl)))
         act = self.predictor.activated(batch[:self._n_inp]).cpu()
         target = self.dls.targets[0]
+        if len(batch) == self._n_inp: raise DataError('show_results: the loader has no targets to compare with; predict_batch gives predictions alone')
         say = [(str(target.decode(y)), str(target.decode(a))) for y, a in zip(batch[self._n_inp], act)]
         axs = show_samples(self.dls.blocks, self._n_inp, batch, max_n, nrows, ncols, figsize, titles=['\n'.join(o) for o in say])
         for ax, (y, p) in zip(axs[::self._n_inp], say): ax.title.set_color('black' if y == p else 'red')
@@ -301,25 +343,36 @@ class _Saving:
     def save(self, file, with_opt=True):
         "Save weights (and optimizer) to `path/model_dir/file.pth`; returns the path"
         file = self._file(file); file.parent.mkdir(parents=True, exist_ok=True)
-        state = dict(model=self.model.state_dict(), opt=self.opt.state_dict() if with_opt and self.opt else None)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f'.{file.name}.')
-        os.close(handle)
-        torch.save(state, temporary); os.replace(temporary, file)                  # never half a file
+        write_whole(dict(model=self.model.state_dict(), opt=self.opt.state_dict() if with_opt and self.opt else None, passes=self.passes), file)
         return file
 
     def load(self, file, with_opt=True):
         "Load what `save` wrote; raises `TrainingError` that lists the entries which do not fit"
         file = self._file(file)
         if not file.is_file(): raise TrainingError(f"there is no file {file}: nothing was saved as {file.stem!r} in {file.parent}") from FileNotFoundError(file)
-        state = torch.load(file, map_location=self.device, weights_only=True)
-        try: self.model.load_state_dict(state['model'] if set(state) == {'model', 'opt'} else state)
-        except RuntimeError as e: raise TrainingError(f"{file.name} does not fit this model: {e}") from e
-        if with_opt and state.get('opt') and self.opt is not None: self.opt.load_state_dict(state['opt'])
+        try: state = torch.load(file, map_location=self.device, weights_only=True)
+        except Exception as e: raise TrainingError(f"{file.name} cannot be read: it is damaged, or not a file of weights") from e
+        if not isinstance(state, dict): raise TrainingError(f"{file.name} holds a {type(state).__name__}, expected a dict of weights")
+        if not {'model', 'opt'} <= set(state): state = dict(model=state, opt=None)
+        before = {k: v.clone() for k, v in self.model.state_dict().items()}
+        try: self.model.load_state_dict(state['model'])
+        except RuntimeError as e:
+            self.model.load_state_dict(before)                                        # PyTorch has copied what fits
+            raise TrainingError(f"{file.name} does not fit this model: {e}") from e
+        if with_opt and state['opt']: self._load_opt(state['opt'], file); self.passes = state.get('passes', 0)     # so that the next epoch is the next one
         return self
+
+    def _load_opt(self, state, file):
+        "The optimizer's state; an optimizer of another kind is refused before it is changed"
+        self._to_device()
+        if not self._opt_fits(self.splitter(self.model)): self.create_opt()
+        ours, theirs = ([(g.keys() - {'params'}, len(g['params'])) for g in o['param_groups']] for o in (self.opt.state_dict(), state))
+        if ours != theirs: raise TrainingError(f"{file.name} holds the state of another optimizer, or of other layer groups: load(…, with_opt=False) takes the weights alone")
+        self.opt.load_state_dict(state)
 
     def export(self, fname='export.pkl', by_value=False):
         "Write the model, with all that is needed to predict, to `path/fname` as plain data; returns the path"
-        return export_predictor(self.predictor, Path(self.path)/fname, by_value)
+        with self._aside(): return export_predictor(self.predictor, Path(self.path)/fname, by_value)
 
 # %% ../../nbs/train/36_learner.ipynb #ae200a97
 class Learner(_Loop, _Setup, _Recipes, _Evaluation, _Saving):
@@ -347,15 +400,18 @@ class Learner(_Loop, _Setup, _Recipes, _Evaluation, _Saving):
         self.path, self.model_dir, self.precision, self.train_bn, self.splitter = Path(path or getattr(dls, 'path', '.')), model_dir, precision, train_bn, splitter
         self.training, self.n_epoch, self.epoch, self.loss = False, 0, 0, None
         self.recorder, self.progress, self.frozen = Recorder(as_list(metrics)), ProgressCallback(), 0
-        self.cbs = []
+        self.cbs, self._in_fit, self.iter, self.passes = [], False, None, 0
         self.add_cbs([StopOnNonFinite(), self.recorder, self.progress, *as_list(cbs)])
 
     def add_cbs(self, cbs):
         for cb in map(check_callback, as_list(cbs)): cb.learn = self; self.cbs.append(cb)
         return self
     def remove_cbs(self, cbs):
-        for cb in as_list(cbs): self.cbs.remove(cb)
+        for cb in as_list(cbs):
+            if isinstance(cb, type): self.cbs = [o for o in self.cbs if not isinstance(o, cb)]
+            else: self.cbs.remove(cb)
         return self
+    add_cb, remove_cb = add_cbs, remove_cbs
     @contextmanager
     def added_cbs(self, cbs):
         "Callbacks for a while"

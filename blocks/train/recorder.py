@@ -19,18 +19,18 @@ class Recorder(Callback):
 
     def __init__(self, metrics=()):
         self.metrics = [as_metric(m) for m in metrics]
-        self.values, self.losses, self.lrs, self.moms, self.times = L(), [], [], [], []
+        self.values, self.losses, self.lrs, self.moms, self.times, self.steps = L(), [], [], [], [], []
         self._pending, self._valid, self.train_loss, self.valid_loss = [], [], None, None
 
     @property
     def metric_names(self): return L(['epoch', 'train_loss', 'valid_loss', *unique_names(self.metrics), 'time'])
 
     def before_fit(self):
-        self.values, self.losses, self.lrs, self.moms, self.times = L(), [], [], [], []
-        self._pending = []
-    def before_epoch(self): self._start = time.perf_counter()
+        self.values, self.losses, self.lrs, self.moms, self.times, self.steps = L(), [], [], [], [], []
+        self._pending, self._start = [], time.perf_counter()
     def before_train(self): self._pending, self.train_loss = [], None
-    def before_validate(self):
+    def before_validate(self): self._forget_validation()
+    def _forget_validation(self):
         self._valid, self.valid_loss = [], None
         for m in self.metrics: m.reset()
 
@@ -49,8 +49,12 @@ class Recorder(Callback):
     def after_train(self): self.train_loss = self._read_losses()
     def after_validate(self): self.valid_loss = _weighted_mean(self._valid)
     def after_epoch(self):
+        if self._pending: self.train_loss = self._read_losses()       # training was broken off
         self.values.append(L([self.train_loss, self.valid_loss, *(m.value for m in self.metrics)]))
-        self.times.append(time.perf_counter() - self._start)
+        now = time.perf_counter()
+        self.times.append(now - self._start); self.steps.append(len(self.losses))
+        self._start, self.train_loss = now, None
+        self._forget_validation()
     def after_fit(self): self._read_losses()                       # what an interrupted epoch had recorded
 
     def _read_losses(self):
@@ -82,8 +86,7 @@ class Recorder(Callback):
         ax.plot(range(skip_start, len(self.losses)), self.losses[skip_start:], label='train')
         valid = [v[1] for v in self.values]
         if with_valid and valid and None not in valid:
-            step = len(self.losses)/len(valid)
-            ax.plot([step*(i+1) - 1 for i in range(len(valid))], valid, 'o-', label='valid')
+            ax.plot([n - 1 for n in self.steps], valid, 'o-', label='valid')
         ax.set(xlabel='step', ylabel='loss'); ax.legend()
         return ax
 
@@ -108,7 +111,7 @@ def _clock(seconds):
 # %% ../../nbs/train/34_recorder.ipynb #6a35a8ad
 class ProgressCallback(Callback):
     "Shows the epoch table as it grows, with a bar for the running epoch where the screen allows it"
-    order = 70
+    order = 55        # after the recorder, before callbacks that may end the fit
     refresh = .25     # seconds between two drawings of the bar
     screen = None     # made at the start of a fit
 

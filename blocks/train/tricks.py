@@ -6,7 +6,7 @@
 __all__ = ['native_bf16', 'training_precision']
 
 # %% ../../nbs/train/35_tricks.ipynb #24880a08
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -55,13 +55,14 @@ class _DepthwiseMode(TorchFunctionMode):
         return out if bias is None else out + bias.to(out.dtype).view(1, -1, 1, 1)
 
 # %% ../../nbs/train/35_tricks.ipynb #eae4258b
+@contextmanager
 def training_precision(
     device,               # where the model is
     precision='auto',     # 'bf16', 'fp32', or 'auto': bfloat16 where `native_bf16` says so
 ):
     "A context in which a training step computes in that precision"
-    stack = ExitStack()
-    if precision == 'bf16' or (precision == 'auto' and native_bf16(device)):
-        stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
-        if device.type == 'cpu': stack.enter_context(_DepthwiseMode())
-    return stack
+    with ExitStack() as stack:
+        if precision == 'bf16' or (precision == 'auto' and native_bf16(device)):
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+            if device.type == 'cpu': stack.enter_context(_DepthwiseMode())
+        yield
