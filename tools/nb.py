@@ -74,7 +74,7 @@ def execute(nb):
     os.environ.update(MPLBACKEND='module://matplotlib_inline.backend_inline', PYDEVD_DISABLE_FILE_VALIDATION='1', PYTHONWARNINGS='ignore:IProgress not found')
     old, new = nbformat.read(nb, 4), nbformat.read(nb, 4)
     for c in new.cells:
-        if c.cell_type == 'code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M): c.metadata.tags = ['skip-execution']
+        if c.cell_type == 'code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M): c.metadata.tags, c.outputs = ['skip-execution'], []
     with tempfile.TemporaryDirectory() as tmp:                           # sockets in a folder of one's own: TCP ports get lost to the kernel next door
         sockets = {'transport': 'ipc', 'ip': f'{tmp}/kernel'} if os.name == 'posix' else {}
         NotebookClient(new, timeout=600, kernel_name='python3', record_timing=False, config=Config(KernelManager=sockets),

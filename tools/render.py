@@ -77,6 +77,7 @@ def render_readme(
         data = out['data']
         if 'image/png' in data: return picture(data['image/png'], alt)
         html = joined(data.get('text/html', ''))
+        if 'text/html' in data and not html.strip(): return ''                # what a finished progress bar leaves
         if '<tr' in html: return markdown_table(html)
         if 'text/markdown' in data: return joined(data['text/markdown']).strip()
         return plain(joined(data['text/plain'])) if 'text/plain' in data else html.strip()

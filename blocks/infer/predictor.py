@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'Predictor', 'Predictions', 'is_plain', 'to_spec', 'from_sp
            'load_learner']
 
 # %% ../../nbs/infer/20_predictor.ipynb #3554d25e
-import dataclasses, os, tempfile
+import dataclasses, os, tempfile, warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -277,7 +277,10 @@ def _check_names(content, given):
 def _read(path):
     "The plain values in the file"
     if not path.is_file(): raise ExportError(f"there is no file {path}") from FileNotFoundError(path)
-    try: content = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                              # PyTorch's remarks about a foreign file; what matters is said below
+            content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         raise ExportError(f"{path.name} is not a file that blocks exported: it is damaged, or holds code, which is never run (a fastai export is of that kind: train and export the model again with blocks)") from e
     if not isinstance(content, dict) or not isinstance(content.get('format'), int): raise ExportError(f"{path.name} is not a file that blocks exported: weights alone are read by Learner.load")
