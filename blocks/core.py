@@ -83,10 +83,11 @@ def resolve_device(
     return device
 
 # %% ../nbs/00_core.ipynb #042eea10
+_seed = 0    # changed by `set_seed` alone
+
 def current_seed():
-    "The seed that `set_seed` (or `torch.manual_seed`) set last; reading it changes nothing"
-    import torch
-    return torch.initial_seed()
+    "The seed that `set_seed` set last, 0 if nobody did: so a split without a seed of its own is the same in every session, and what one session trained on is not another's validation"
+    return _seed
 
 def _key(part):
     "One part of an address as a non-negative integer below 2**64"
@@ -106,6 +107,8 @@ def set_seed(
 ):
     "Seed the global generators of Python, NumPy and PyTorch; loaders and splitters made afterwards without a seed of their own follow it"
     import torch
+    global _seed
+    _seed = seed
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     if reproducible:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

@@ -163,6 +163,9 @@ def test_decode_from_index_and_probabilities():
     block = CategoryBlock().fit('abc')
     assert block.decode(2) == block.decode(torch.tensor(2)) == block.decode(torch.tensor([.1, .2, .7])) == 'c'
 
+def test_a_model_with_the_wrong_number_of_outputs_is_told_so():
+    with pytest.raises(DataError, match='3 outputs for 2 classes'): CategoryBlock().fit('ab').loss(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))
+
 def test_loss_of_bfloat16_logits_is_computed_in_32_bits():
     block, logits, y = CategoryBlock().fit('ab'), torch.tensor([[1.3, -.7]]), torch.tensor([1])
     assert block.loss(logits.bfloat16(), y).dtype == torch.float32

@@ -18,7 +18,8 @@ class At(Callback):
         self.seen.append(event)
         if event == self.event and self.when(self.learn): self.do(self.learn)
 
-for _event in EVENTS: setattr(At, _event, lambda self, event=_event: self.hear(event))
+for _event in EVENTS:
+    if not _event.startswith(('after_cancel', 'after_create')): setattr(At, _event, lambda self, event=_event: self.hear(event))
 
 def throw(e):
     def do(learn): raise e
@@ -200,3 +201,15 @@ def test_watching_an_epoch_without_a_value_is_no_step_forward(learn):
     cb = TrackerCallback()
     learn.fit(1, cbs=[cb, At('before_validate', throw(CancelValidException()))])
     assert not cb.new_best
+
+@pytest.mark.parametrize('event,error,told', [('before_batch', 'CancelBatchException', 'batch'), ('before_backward', 'CancelBackwardException', 'backward'), ('before_step', 'CancelStepException', 'step'),
+                                              ('before_train', 'CancelTrainException', 'train'), ('before_validate', 'CancelValidException', 'validate'),
+                                              ('before_epoch', 'CancelEpochException', 'epoch'), ('before_fit', 'CancelFitException', 'fit')])
+def test_what_is_cancelled_is_told(dls, tiny, event, error, told):
+    import blocks
+    heard = []
+    def cancel(self): raise getattr(blocks, error)()
+    spy = type('Spy', (Callback,), {event: cancel, f'after_cancel_{told}': lambda self: heard.append(told), 'after_create': lambda self: heard.append('created')})
+    learn = Learner(dls, tiny(), cbs=spy())
+    with learn.no_bar(): learn.fit(1)
+    assert heard[0] == 'created' and heard[1] == told and set(heard) == {'created', told}

@@ -16,6 +16,13 @@ def test_a_stream_depends_on_its_address_alone():
     core.stream(5, 'item', 2, 8).random(100); np.random.rand(7)
     assert (core.stream(5, 'item', 2, 9).random(3) == a).all()
 
+def test_without_a_seed_every_process_draws_the_same():
+    import subprocess
+    import sys
+    code = 'from blocks import RandomSplitter; print(list(RandomSplitter(.3)(range(20))[1]))'
+    first, second = (subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first == second and len(eval(first)) == 6
+
 def test_set_seed_is_what_current_seed_says():
     state = torch.get_rng_state()
     core.set_seed(123)

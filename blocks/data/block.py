@@ -298,7 +298,9 @@ class CategoryBlock(Block):
     def read(self, raw, frame): return torch.tensor(self.index(raw))
     @property
     def n_out(self): return len(self.vocab)
-    def loss(self, pred, y, reduction='mean'): return F.cross_entropy(pred.float(), y, reduction=reduction)
+    def loss(self, pred, y, reduction='mean'):
+        if pred.shape[-1] != self.n_out: raise DataError(f"the model gives {pred.shape[-1]} outputs for {self.n_out} classes: its last layer needs n_out={self.n_out}")
+        return F.cross_entropy(pred.float(), y, reduction=reduction)
     def activate(self, pred): return pred.float().softmax(-1)
     def decode(self, value):
         "The label, from an index or from probabilities"

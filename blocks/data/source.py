@@ -293,7 +293,7 @@ def _shuffled(n, seed):
 class RandomSplitter:
     """Split at random: the first `int(valid_pct*n)` positions of a random order are valid, the others train, both in that order.
 
-    Without a `seed` the split is that of `current_seed()`: always the same, until `set_seed` sets another.
+    Without a `seed` the split is that of `current_seed()`: the same in every session, until `set_seed` sets another.
     Raises `DataError` when `valid_pct` is not in [0, 1)."""
     valid_pct: float = .2    # part of the items to hold back, from 0 to less than 1
     seed: int = None         # None follows `set_seed`

@@ -30,6 +30,7 @@ class Callback:
     def name(self): return type(self).__name__.removesuffix('Callback')
 
     def check(self): "Raise what makes a fit impossible, before it touches anything"
+    def after_create(self): "When the learner has got the callback"
     def before_fit(self): "Before anything else of a fit"
     def before_epoch(self): "At the start of each epoch"
     def before_train(self): "Before the training batches of an epoch"
@@ -37,14 +38,21 @@ class Callback:
     def after_pred(self): "When the model has given its output"
     def after_loss(self): "When the loss is known"
     def before_backward(self): "Before the gradients are computed (training only)"
+    def after_cancel_backward(self): "When a CancelBackwardException was raised"
     def after_backward(self): "When the gradients are known, before the step (training only)"
     def before_step(self): "Before the optimizer's step (training only)"
+    def after_cancel_step(self): "When a CancelStepException was raised"
     def after_step(self): "After the optimizer's step, before the gradients are cleared (training only)"
+    def after_cancel_batch(self): "When a CancelBatchException was raised"
     def after_batch(self): "At the end of each batch, also of one that was cancelled"
+    def after_cancel_train(self): "When a CancelTrainException was raised"
     def after_train(self): "After the training batches of an epoch"
     def before_validate(self): "Before the validation batches"
+    def after_cancel_validate(self): "When a CancelValidException was raised"
     def after_validate(self): "After the validation batches"
+    def after_cancel_epoch(self): "When a CancelEpochException was raised"
     def after_epoch(self): "At the end of each epoch"
+    def after_cancel_fit(self): "When a CancelFitException was raised"
     def after_fit(self): "At the very end, also after an error or an interrupt"
 
 # %% ../../nbs/train/32_callback.ipynb #9aab0922

@@ -103,7 +103,7 @@ class _Loop:
         try:
             if before: self(f'before_{name}')
             run()
-        except cancel: pass
+        except cancel: self(f'after_cancel_{name}')
         except BaseException as e:
             if name == 'fit': self._tell_where(e)
             if always: self._after_error(name)
@@ -112,7 +112,7 @@ class _Loop:
 
     def _part(self, name, run, cancel):
         try: self(f'before_{name}'); run()
-        except cancel: return
+        except cancel: self(f'after_cancel_{name}'); return
         self(f'after_{name}')
 
     def _after_error(self, name):
@@ -404,7 +404,7 @@ class Learner(_Loop, _Setup, _Recipes, _Evaluation, _Saving):
         self.add_cbs([StopOnNonFinite(), self.recorder, self.progress, *as_list(cbs)])
 
     def add_cbs(self, cbs):
-        for cb in map(check_callback, as_list(cbs)): cb.learn = self; self.cbs.append(cb)
+        for cb in map(check_callback, as_list(cbs)): cb.learn = self; self.cbs.append(cb); cb.after_create()
         return self
     def remove_cbs(self, cbs):
         for cb in as_list(cbs):
