@@ -156,7 +156,7 @@ def test_true_and_one_are_told_from_text():
     with pytest.raises(DataError, match="'True'"): block.index('True')
 
 def test_an_unhashable_label_is_a_clear_error():
-    with pytest.raises(DataError, match='MultiCategoryBlock'): CategoryBlock().fit([['a'], ['b']])
+    with pytest.raises(DataError, match='one label'): CategoryBlock().fit([['a'], ['b']])
     with pytest.raises(DataError): CategoryBlock().fit('ab').index(['a'])
 
 def test_decode_from_index_and_probabilities():

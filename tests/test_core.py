@@ -24,12 +24,13 @@ def test_without_a_seed_every_process_draws_the_same():
     assert first == second and len(eval(first)) == 6
 
 def test_set_seed_is_what_current_seed_says():
-    state = torch.get_rng_state()
+    state, before = torch.get_rng_state(), core.current_seed()
     core.set_seed(123)
     assert core.current_seed() == 123
     a = torch.rand(1), np.random.rand()
     core.set_seed(123)
     assert (torch.rand(1), np.random.rand()) == a
+    core.set_seed(before)
     torch.set_rng_state(state)
 
 @pytest.mark.parametrize('device', ['cuda:7', 'nonsense', 3.5])

@@ -314,11 +314,13 @@ def test_the_same_seed_gives_the_same_batches_and_another_others(two_class):
     assert same(make(1).train, make(1).train) and not same(make(1).train, make(2).train)
 
 def test_without_a_seed_set_seed_decides(two_class):
+    from blocks.core import current_seed, set_seed
+    before = current_seed()
     def run(seed):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return list(block(splitter=None, item_tfms=RandomResizedCrop(16)).dataloaders(two_class, bs=8, **CPU).train)
-    assert same(run(1), run(1)) and not same(run(1), run(2))
+        set_seed(seed)
+        return list(block(splitter=None, item_tfms=RandomResizedCrop(16)).dataloaders(two_class, bs=8, **CPU).train)
+    try: assert same(run(1), run(1)) and not same(run(1), run(2))
+    finally: set_seed(before)
 
 # --- datasets
 def test_datasets_by_themselves(two_class):

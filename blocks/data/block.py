@@ -273,7 +273,7 @@ class CategoryBlock(Block):
         if self.vocab is not None: return self
         labels = {}                                                      # a dict keeps the order of appearance
         for o in map(_plain, raws):
-            if isinstance(o, (list, set, tuple, dict, np.ndarray)): raise DataError(f"a category is one value, got {o!r}: for several labels an item use MultiCategoryBlock")
+            if isinstance(o, (list, set, tuple, dict, np.ndarray)): raise DataError(f"a category is one value, and here is {o!r}: give one label for each item, in get_y")
             if _missing(o):
                 if not self.add_na: raise DataError("a label is missing (None or NaN): drop such items, or use CategoryBlock(add_na=True)")
             else: labels[o] = True
