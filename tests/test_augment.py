@@ -320,3 +320,7 @@ def test_aug_transforms_are_fastais():
     assert aug_transforms(2, flip_vert=True, p_affine=.5, p_lighting=1., pad_mode='zeros', xtra_tfms=[Hue()]) == [
         Dihedral(.5, pad_mode='zeros'), Warp(.4, .5, pad_mode='zeros'), Rotate(20., .5, pad_mode='zeros'), Zoom(1., 1.1, .5, pad_mode='zeros'), Brightness(.4, 1.), Contrast(.4, 1.), Hue()]
     assert aug_transforms(0, do_flip=False, max_zoom=1.) == []
+
+def test_forgotten_parentheses_are_told_when_the_template_is_made():
+    from blocks import DataBlock
+    with pytest.raises(DataError, match=r'aug_transforms\(\)'): DataBlock(batch_tfms=aug_transforms)

@@ -124,14 +124,16 @@ def _count_splits(cells, dls):
     print('\n' + pd.DataFrame(parts).T.to_string() + '\n')
 
 def _farewell(out, seconds):
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()): python = python.relative_to(Path.cwd())
     print(f'''
 Done in {seconds//60:.0f} min {seconds%60:.0f} s. In {out}/:
   batch.png  confusion_matrix.png  top_losses.png   pictures to look at
   epochs.csv  predictions.csv                       tables
   export.pkl  predict.py                            the model, and a script that uses it:
-      {Path(sys.executable).name} {out}/predict.py PICTURE
+      {python} {out}/predict.py PICTURE
 
-Now your own pictures: a folder with a sub-folder for each class, and
+Now your own pictures: a folder with a sub-folder for each class, and, in {python},
 
   from blocks import *
   dls = ImageDataLoaders.from_folder('my_pictures', valid_pct=0.2, seed=42, item_tfms=Resize(224), batch_tfms=aug_transforms())

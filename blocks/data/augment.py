@@ -476,6 +476,7 @@ def check_batch_tfms(
         elif isinstance(t, (_BatchTfm, Normalize)): flat.append(t)
         elif type(t).__module__.startswith('torchvision.') and type(t).__name__ == 'Normalize':
             raise DataError('batch_tfms: a torchvision Normalize would act on train only; use Normalize.from_stats(mean, std), which the image block applies everywhere')
+        elif t is aug_transforms: raise DataError('batch_tfms: call it, batch_tfms=aug_transforms()')
         elif callable(t) and not isinstance(t, type): flat.append(t)
         else: raise DataError(f"batch_tfms: expected a batch transform (Flip(), Rotate(), …, aug_transforms()) or a function of an image batch, got {t!r}"
                               + ('; make one of it with ()' if isinstance(t, type) else '; transforms of single items belong in item_tfms'))
