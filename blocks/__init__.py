@@ -8,7 +8,8 @@ _NAMES = {
     'data.source': '''get_files get_image_files FileGetter ImageGetter image_extensions parent_label RegexLabeller ColReader ItemGetter AttrGetter using_attr
         RandomSplitter TrainTestSplitter StratifiedSplitter GrandparentSplitter IndexSplitter EndSplitter MaskSplitter FuncSplitter FileSplitter ColSplitter RandomSubsetSplitter''',
     'data.frame': 'Frame Resize RandomResizedCrop',
-    'data.block': 'Block ImageBlock CategoryBlock',
+    'data.block': 'Block ImageBlock',
+    'data.label': 'CategoryBlock',
     'data.augment': '''aug_transforms Flip Dihedral Rotate Zoom Warp RandomResizedCropGPU Brightness Contrast Saturation Hue RandomErasing Normalize
         imagenet_stats cifar_stats mnist_stats''',
     'data.loader': 'Loader Samples',

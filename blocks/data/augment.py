@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagenet_stats', 'cifar_stats', 'mnist_stats', 'GeometricTfm', 'Flip', 'Dihedral', 'Rotate', 'Zoom', 'Warp',
            'RandomResizedCropGPU', 'LightingTfm', 'Brightness', 'Contrast', 'Saturation', 'Hue', 'RandomErasing',
-           'Normalize', 'check_batch_tfms', 'apply_batch_tfms', 'aug_transforms']
+           'PixelTfm', 'Policy', 'Normalize', 'check_batch_tfms', 'apply_batch_tfms', 'aug_transforms']
 
 # %% ../../nbs/data/04_augment.ipynb #491feeb3
 import math
@@ -436,6 +436,36 @@ def _(value: tv_tensors.Image, boxes, rng):
         x[i, :, rows, cols] = _to(np.clip(.5 + .25*noise, 0, 1), x)
     return tv_tensors.wrap(x, like=value)
 
+# %% ../../nbs/data/04_augment.ipynb #5e098795
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PixelTfm(_BatchTfm):
+    "Base of the batch transforms that change pixels in place; a new one is a frozen dataclass with a method `apply`"
+    def apply(self,
+        x,      # (n, channels, height, width) float32 from 0 to 1, on the device
+        rng,    # a `np.random.Generator`, the only source of chance
+    ):
+        "The changed images, of the same shape; `x` itself may not be changed"
+        raise NotImplementedError
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Policy(_BatchTfm):
+    "Base of the batch transforms that draw, for each image, which transforms it gets; a new one is a frozen dataclass with a method `expand`"
+    def expand(self,
+        rng,    # a `np.random.Generator`, the only source of chance
+        n,      # number of images in the batch
+    ):
+        "Batch transforms that hold what was drawn for this batch"
+        raise NotImplementedError
+
+@singledispatch
+def _pixels(value, tfm, rng):
+    "`value`, a batch of one kind of data, after the `PixelTfm`; only images change"
+    return value
+
+@_pixels.register
+def _(value: tv_tensors.Image, tfm, rng):
+    return tv_tensors.wrap(tfm.apply(_unit(value.as_subclass(torch.Tensor)), rng).contiguous(memory_format=torch.channels_last), like=value)
+
 # %% ../../nbs/data/04_augment.ipynb #455af3ba
 imagenet_stats = (.485, .456, .406), (.229, .224, .225)
 cifar_stats = (.491, .482, .447), (.247, .243, .261)
@@ -521,9 +551,10 @@ def apply_batch_tfms(
     image = next((f for f in fields if isinstance(f, tv_tensors.Image)), None)
     if image is None: return fields
     if image.ndim != 4: raise DataError(f'apply_batch_tfms: expected a batch of images (n, channels, height, width), got shape {tuple(image.shape)}')
+    n, hw = len(image), tuple(image.shape[-2:])
+    if train: tfms = [o for t in tfms for o in (t.expand(rng, n) if isinstance(t, Policy) else [t])]
     kinds = GeometricTfm, LightingTfm, RandomErasing
     geometric, lighting, erasing = ([t for t in tfms if isinstance(t, k)] for k in kinds)
-    n, hw = len(image), tuple(image.shape[-2:])
     if not train:
         size, crop = _shared(geometric, 'size'), next((t for t in geometric if isinstance(t, RandomResizedCropGPU)), None)
         return tuple(_fit_size(f, size, crop) for f in fields) if size else fields
@@ -534,7 +565,8 @@ def apply_batch_tfms(
         light = _draw_light(lighting, rng, n)
         fields = tuple(_relight(f, light) for f in fields)
     for t in tfms:
-        if not isinstance(t, kinds): fields = tuple(_call(t, f, n) for f in fields)
+        if isinstance(t, PixelTfm): fields = tuple(_pixels(f, t, rng) for f in fields)
+        elif not isinstance(t, kinds): fields = tuple(_call(t, f, n) for f in fields)
     for t in erasing:
         boxes = t.boxes(rng, n, *hw)
         fields = tuple(_erase(f, boxes, rng) for f in fields)

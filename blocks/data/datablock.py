@@ -15,7 +15,8 @@ import numpy as np
 from fastcore.foundation import L
 from ..core import BlocksError, DataError, ItemError, as_list, current_seed, default_workers, resolve_device, stream
 from .augment import GeometricTfm, Normalize, apply_batch_tfms, check_batch_tfms
-from .block import Block, CategoryBlock, ImageBlock
+from .block import Block, ImageBlock
+from .label import CategoryBlock
 from .frame import FrameDraw, Geometry, Resize
 from .loader import Loader, Samples, input_loader, read_error
 from .source import (ColReader, ColSplitter, GrandparentSplitter, RandomSplitter, RegexLabeller,

@@ -132,6 +132,12 @@ class FrameDraw:
         if (width, height) not in self.frames: self.frames[width, height] = self._draw(width, height)
         return self.frames[width, height]
 
+    @property
+    def first(self):
+        "((width, height), `Frame`) of the picture that was read first: what places in it are measured by"
+        if not self.frames: raise DataError("places in a picture need the picture: an image has to be read before them, so put an ImageBlock first")
+        return next(iter(self.frames.items()))
+
     def _draw(self, width, height):
         if not self.geometries: return Frame((0, 0, width, height), (height, width))
         rng = self.rng and self.rng()

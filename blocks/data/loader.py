@@ -112,7 +112,7 @@ def apply_item_tfms(tfms, values):
     for t in tfms:
         if isinstance(t, v2.Transform): values = t(*values) if len(values) > 1 else (t(*values),)
         else: values = tuple(tv_tensors.Image(t(v)) if isinstance(v, tv_tensors.Image) else v for v in values)
-    if odd := [v for v in values if not isinstance(v, torch.Tensor)]: raise DataError(f"the transforms gave a {type(odd[0]).__name__}, expected tensors: leave out what makes Pillow images, such as ToPILImage")
+    if odd := [v for v in values if not isinstance(v, (torch.Tensor, dict))]: raise DataError(f"the transforms gave a {type(odd[0]).__name__}, expected tensors: leave out what makes Pillow images, such as ToPILImage")
     return tuple(values)
 
 # %% ../../nbs/data/05_loader.ipynb #4e4bf790
@@ -188,7 +188,7 @@ class Loader:
     def _to_device(self, t):
         if self.device.type == 'cpu': return t
         moved = (t.pin_memory() if self.device.type == 'cuda' else t).to(self.device, non_blocking=True)
-        return tv_tensors.wrap(moved, like=t) if isinstance(t, tv_tensors.TVTensor) else moved
+        return moved.as_subclass(type(t))
 
     def _read_here(self, parts, epoch):
         for part in parts: yield self.samples.collate([self.samples.read(i, epoch) for i in part])

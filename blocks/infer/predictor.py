@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 from ..core import DataError, ExportError, MissingExtraError, as_list, require, resolve_device
-from ..data import augment, block as data_block, frame as data_frame
+from ..data import augment, block as data_block, frame as data_frame, label
 from ..data.augment import apply_batch_tfms
 from ..data.frame import FrameDraw
 from ..data.loader import Samples, apply_item_tfms, for_split, input_loader, read_error
@@ -150,7 +150,7 @@ def is_plain(o):
 
 def _known(kind):
     "The class of this library that goes by the name `kind`, or None"
-    cls = next((getattr(m, kind) for m in (data_block, data_frame, augment) if hasattr(m, kind)), None)
+    cls = next((getattr(m, kind) for m in (data_block, label, data_frame, augment) if hasattr(m, kind)), None)
     return cls if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__.startswith('blocks.data.') else None
 
 def to_spec(o):

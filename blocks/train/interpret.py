@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np, torch
 from fastcore.foundation import L
 from ..core import DataError
-from ..data.block import CategoryBlock
+from ..data.label import CategoryBlock
 from ..data.loader import grid
 
 # %% ../../nbs/train/38_interpret.ipynb #bf95a19a

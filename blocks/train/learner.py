@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core import DataError, TrainingError, as_list
-from ..data.block import CategoryBlock
+from ..data.label import CategoryBlock
 from ..data.loader import show_samples
 from ..infer.predictor import Predictor, export_predictor, write_whole
 from ..model.head import param_groups
