@@ -6,14 +6,25 @@ import importlib
 _NAMES = {
     'core': 'BlocksError DataError DeviceError ExportError ItemError MissingExtraError TrainingError WeightsError default_device set_seed',
     'data.source': '''get_files get_image_files FileGetter ImageGetter image_extensions parent_label RegexLabeller ColReader ItemGetter AttrGetter using_attr
-        RandomSplitter TrainTestSplitter StratifiedSplitter GrandparentSplitter IndexSplitter EndSplitter MaskSplitter FuncSplitter FileSplitter ColSplitter RandomSubsetSplitter''',
-    'data.frame': 'Frame Resize RandomResizedCrop',
+        RandomSplitter TrainTestSplitter StratifiedSplitter GroupSplitter KFoldSplitter GrandparentSplitter IndexSplitter EndSplitter MaskSplitter FuncSplitter FileSplitter ColSplitter
+        RandomSubsetSplitter''',
+    'data.annotation': 'get_annotations',
+    'data.archive': 'get_archive_files get_archive_images get_remote_images',
+    'data.frame': 'Frame Resize RandomResizedCrop RandomCrop CropPad RatioResize',
     'data.block': 'Block ImageBlock',
-    'data.label': 'CategoryBlock',
+    'data.label': 'CategoryBlock MultiCategoryBlock RegressionBlock',
+    'data.place': 'MaskBlock PointBlock BBoxBlock BBoxLblBlock',
+    'data.bands': 'BandsBlock',
+    'data.sound': 'SpectrogramBlock',
     'data.augment': '''aug_transforms Flip Dihedral Rotate Zoom Warp RandomResizedCropGPU Brightness Contrast Saturation Hue RandomErasing Normalize
         imagenet_stats cifar_stats mnist_stats''',
-    'data.loader': 'Loader Samples',
-    'data.datablock': 'DataBlock DataLoaders Datasets ImageDataLoaders',
+    'data.policy': 'RandAugment TrivialAugmentWide',
+    'data.sound_mask': 'FrequencyMask TimeMask',
+    'data.loader': 'Loader Samples WeightedSampler',
+    'data.audit': 'Audit audit_images find_label_errors',
+    'data.dataloaders': 'DataLoaders',
+    'data.datablock': 'DataBlock Datasets',
+    'data.factory': 'ImageDataLoaders SegmentationDataLoaders',
     'model.head': 'AdaptiveConcatPool2d SigmoidRange VisionModel create_head mlp_head param_groups',
     'model.arch': 'create_body',
     'infer.predictor': 'Predictions Predictor load_learner',
@@ -23,9 +34,11 @@ _NAMES = {
     'train.callback': '''Callback EarlyStoppingCallback SaveModelCallback TrackerCallback CancelBackwardException CancelBatchException CancelEpochException CancelFitException
         CancelStepException CancelTrainException CancelValidException''',
     'train.recorder': 'ProgressCallback Recorder',
+    'train.mix': 'CutMix MixUp',
     'train.learner': 'Learner ParamScheduler',
     'train.vision': 'cnn_learner vision_learner',
     'train.interpret': 'ClassificationInterpretation',
+    'train.crossval': 'cross_validate',
 }
 _HOME = {name: f'blocks.{module}' for module, names in _NAMES.items() for name in names.split()}
 _HOME |= dict.fromkeys('resnet18 resnet34 resnet50 resnet101 resnet152'.split(), 'torchvision.models') | {'L': 'fastcore.foundation', 'Path': 'pathlib'}

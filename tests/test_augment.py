@@ -20,6 +20,7 @@ from blocks.data.augment import (
     GeometricTfm,
     Hue,
     Normalize,
+    PixelTfm,
     RandomErasing,
     RandomResizedCropGPU,
     Rotate,
@@ -33,6 +34,7 @@ from blocks.data.augment import (
     imagenet_stats,
     mnist_stats,
 )
+from blocks.data.place import Boxes, Points
 
 EVERY = [Flip(), Dihedral(), Rotate(), Zoom(), Warp(), RandomResizedCropGPU(24), Brightness(), Contrast(), Saturation(), Hue(), RandomErasing()]
 
@@ -230,6 +232,29 @@ def test_labels_and_other_fields_pass_untouched():
     x, *rest = apply_batch_tfms(aug_transforms(), (noise(), y, mask, text), stream(0))
     assert rest[0] is y and rest[1] is mask and rest[2] is text and isinstance(x, tv_tensors.Image)
     assert apply_batch_tfms(aug_transforms(), (y, text), stream(0)) == (y, text)
+
+class Dark(PixelTfm):
+    def apply(self, x, rng): return x*0
+
+def test_what_changes_pixels_in_place_leaves_places_alone():
+    places = tv_tensors.Mask(torch.ones(8, 21, 17, dtype=torch.uint8)), torch.zeros(8, 2, 2).as_subclass(Points), torch.zeros(8, 1, 5).as_subclass(Boxes)
+    x, *rest = apply_batch_tfms([Brightness(p=1.), Hue(p=1.), Dark(), lambda x: 1 - x, v2.RandomVerticalFlip(1.), RandomErasing(1.)], (noise(), *places), stream(0))
+    assert all(a is b for a, b in zip(rest, places))
+    x, *rest = apply_batch_tfms(aug_transforms(), (noise(), *places), None, train=False)
+    assert all(a is b for a, b in zip(rest, places))                                             # validation without a size
+
+def test_masks_follow_the_eight_turns_as_images_do():
+    x = noise(64, 1, 15, 15); out, mask = apply_batch_tfms([Dihedral(1.)], (x, tv_tensors.Mask(plain(x)[:, 0])), stream(0))
+    assert torch.equal(unit(mask), plain(out)[:, 0]) and mask.dtype == torch.uint8
+
+@pytest.mark.parametrize('pad_mode', ['zeros', 'border', 'reflection'])
+@pytest.mark.parametrize('mode', ['nearest', 'bilinear'])
+def test_a_mask_is_resampled_where_its_image_is(pad_mode, mode):
+    x = tv_tensors.Image((smooth(16, 40, 56)[:, :1] > .5).float())
+    tfms = [Rotate(60, 1., pad_mode=pad_mode, mode=mode), Zoom(.5, .8, 1.), Warp(.3, 1.)]
+    out, mask = apply_batch_tfms(tfms, (x, tv_tensors.Mask(plain(x)[:, 0].long())), stream(0))
+    same = (plain(mask) == (plain(out)[:, 0] > .5)).float().mean()
+    assert same == 1 if mode == 'nearest' else same > .98
 
 def test_two_images_of_a_sample_move_together():
     x = noise(); a, b = apply_batch_tfms([*EVERY[:-1]], (x, tv_tensors.Image(x.clone())), stream(0)); assert torch.equal(a, b)

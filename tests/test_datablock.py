@@ -120,7 +120,7 @@ def test_a_truncated_image_is_found_by_skip_and_else_named_when_read(copied):
     bad.write_bytes(bad.read_bytes()[:1000])
     with pytest.raises(ItemError, match='dog_5.png'):
         for dl in build(copied): list(dl.in_order())
-    with pytest.warns(UserWarning, match=r'1 of 48 items.*dog_5\.png'): dls = block().dataloaders(copied, bs=8, on_bad='skip', **CPU)
+    with pytest.warns(UserWarning, match=r'1 of 48 items.*dog_5\.png'): dls = block().dataloaders(copied, bs=8, path=copied, on_bad='skip', **CPU)
     assert list(dls.bad_items) == [bad] and len(dls.train_ds) + len(dls.valid_ds) == 47
     assert bad not in dls.train_ds.fields[0] + dls.valid_ds.fields[0]
     for dl in dls: list(dl)
@@ -135,13 +135,13 @@ def test_skipping_does_not_move_other_items_between_train_and_valid(copied):
 
 def test_too_many_bad_items_are_an_error_that_says_what_would_allow_them(copied):
     for i in range(6): (copied/'cat'/f'cat_{i}.png').write_bytes(b'')
-    with pytest.raises(DataError, match=r'6 of 48 items.*cat_0\.png.*max_bad=0\.1 ') as e: block().dataloaders(copied, on_bad='skip', **CPU)
+    with pytest.raises(DataError, match=r'6 of 48 items.*cat_0\.png.*max_bad=0\.1 ') as e: block().dataloaders(copied, path=copied, on_bad='skip', **CPU)
     allowed = float(str(e.value).rsplit('max_bad=')[-1])
-    with pytest.warns(UserWarning): assert len(block().dataloaders(copied, bs=8, on_bad='skip', max_bad=allowed, **CPU).bad_items) == 6
+    with pytest.warns(UserWarning): assert len(block().dataloaders(copied, bs=8, path=copied, on_bad='skip', max_bad=allowed, **CPU).bad_items) == 6
 
 def test_nothing_left_after_skipping_is_said(copied):
     for f in get_image_files(copied): f.write_bytes(b'')
-    with pytest.warns(UserWarning), pytest.raises(DataError, match='(?i)no .*item|nothing|0 .*items'): block().dataloaders(copied, on_bad='skip', max_bad=1., **CPU)
+    with pytest.warns(UserWarning), pytest.raises(DataError, match='(?i)no .*item|nothing|0 .*items'): block().dataloaders(copied, path=copied, on_bad='skip', max_bad=1., **CPU)
 
 def test_only_raise_and_skip_are_known(two_class):
     with pytest.raises(DataError, match="'ignore'"): block().dataloaders(two_class, on_bad='ignore')

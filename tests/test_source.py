@@ -1,5 +1,5 @@
 """Listing, labelling and splitting: faults, edge cases, random state, pickling."""
-import inspect, os, pickle, subprocess, sys
+import inspect, itertools, os, pickle, subprocess, sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import torch
 from fastcore.foundation import L
+from hypothesis import given, settings, strategies as st
 
 import blocks.data.source as source
 from blocks.core import BlocksError, DataError, ItemError, set_seed
-from blocks.data.source import (AttrGetter, ColReader, ColSplitter, EndSplitter, FileGetter, FileSplitter, FuncSplitter, GrandparentSplitter, ImageGetter,
-                                IndexSplitter, ItemGetter, MaskSplitter, RandomSplitter, RandomSubsetSplitter, RegexLabeller, SourceError, StratifiedSplitter,
+from blocks.data.source import (AttrGetter, ColReader, ColSplitter, EndSplitter, FileGetter, FileSplitter, FuncSplitter, GrandparentSplitter, GroupSplitter, ImageGetter,
+                                IndexSplitter, ItemGetter, KFoldSplitter, MaskSplitter, RandomSplitter, RandomSubsetSplitter, RegexLabeller, SourceError, StratifiedSplitter,
                                 TrainTestSplitter, check_split, get_files, get_image_files, image_extensions, parent_label, using_attr)
 
 def touch(root, *names):
@@ -155,7 +156,8 @@ def test_col_reader_refuses_what_it_cannot_read(df):
 
 # ---- splits: what holds for all -------------------------------------------------------------------------------
 ALL = [RandomSplitter(), RandomSplitter(.3, seed=1), TrainTestSplitter(), TrainTestSplitter(test_size=7, random_state=3), IndexSplitter([3, 1]), EndSplitter(), EndSplitter(.5, valid_last=False),
-       MaskSplitter([True, False]*10), RandomSubsetSplitter(.5, .2), StratifiedSplitter(.2, seed=4)]
+       MaskSplitter([True, False]*10), RandomSubsetSplitter(.5, .2), StratifiedSplitter(.2, seed=4),
+       RandomSplitter(test_pct=.2), StratifiedSplitter(.2, 4, .3), IndexSplitter([3, 1], [5]), GroupSplitter(list(range(10))*2, test_pct=.2), KFoldSplitter(2), KFoldSplitter(2, stratify=True, groups=list(range(10))*2)]
 
 @pytest.mark.parametrize('splitter', ALL, ids=repr)
 def test_sound_repeatable_picklable_and_without_global_state(splitter):
@@ -165,9 +167,10 @@ def test_sound_repeatable_picklable_and_without_global_state(splitter):
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
     assert lists(split) == lists(check_split(split, 20)) == lists(pickle.loads(pickle.dumps(splitter))(items, *more)) == lists(splitter(items, *more))
     assert all(isinstance(o, L) and all(type(i) is int for i in o) for o in split)
-    if not isinstance(splitter, RandomSubsetSplitter): assert sorted(split[0] + split[1]) == items
+    if not isinstance(splitter, RandomSubsetSplitter): assert sorted(sum(map(list, split), [])) == items
 
-@pytest.mark.parametrize('splitter', [RandomSplitter(), RandomSubsetSplitter(.5, .5), TrainTestSplitter(), StratifiedSplitter()], ids=repr)
+@pytest.mark.parametrize('splitter', [RandomSplitter(), RandomSubsetSplitter(.5, .5), TrainTestSplitter(), StratifiedSplitter(), StratifiedSplitter(test_pct=.1),
+                                      GroupSplitter(list(range(50))*2), KFoldSplitter(1), KFoldSplitter(1, stratify=True), KFoldSplitter(1, groups=list(range(50))*2)], ids=repr)
 def test_without_a_seed_the_split_follows_set_seed(splitter):
     items, more = range(100), ([0, 1]*50,) if getattr(splitter, 'needs_labels', False) else ()
     set_seed(1); a = splitter(items, *more); torch.rand(3); np.random.rand(3); assert a == splitter(items, *more)
@@ -271,10 +274,127 @@ def test_col_splitter():
 @pytest.mark.parametrize('split,text', [
     (([0, 1, 2], [2, 3]), r'leaks: train \(3 items\) and valid \(2 items\) share 1, at the positions: 2'), (([0, 1, 1], [2]), 'train part holds 1 positions more than once: 1'),
     (([0], [4]), 'valid part has 1 of 1 positions outside of 0 to 3, for 4 items: 4'), (([-1], [0]), 'train part.*-1'), (([], [0, 1]), 'nothing to train on.*valid 2 of the 4'),
-    (([0], [1], [2]), 'returned 3'), ([0], 'returned 1'), (None, 'returned 1'), (([0, 1], 2), 'valid part must be a list.*2'), ((['a.png'], [1]), "train part.*'a.png'"),
+    (([0], [1], [2], [3]), r'\(train, valid, test\).*returned 4'), (([0, 1], [2], [1]), r'leaks: train \(2 items\) and test \(1 items\) share 1, at the positions: 1'), (([0], [2], [1, 2]), 'valid.*and test.*share 1'), ((iter([]), [1], [2]), 'train has 0 and valid 1, test 1'), ([0], 'returned 1'), (None, 'returned 1'), (([0, 1], 2), 'valid part must be a list.*2'), ((['a.png'], [1]), "train part.*'a.png'"),
     (([0], [True, False]), 'MaskSplitter'), ((torch.tensor([True, False]), [1]), 'MaskSplitter'), ((np.array([0., 1.]), [2]), r'0\.0 \(float\)')], ids=str)
 def test_check_split_faults(split, text):
     with pytest.raises(DataError, match=text): check_split(split, 4)
 def test_check_split_takes_what_is_sound():
     for split in (([0, 2], []), (np.array([0, 2]), np.array([])), (torch.tensor([0, 2]), ()), (L(0, 2), L()), iter([(0, 2), range(0)])):
         got = check_split(split, 4); assert lists(got) == [[0, 2], []] and all(type(i) is int for i in got[0])
+def test_check_split_of_three():
+    got = check_split(([3, 0], np.array([1]), []), 4); assert lists(got) == [[3, 0], [1], []] and all(isinstance(p, L) for p in got)
+
+# ---- a test part ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('make', [RandomSplitter, StratifiedSplitter, lambda *a, **k: GroupSplitter(lambda i: i, *a, **k)])
+def test_valid_and_test_leave_something(make):
+    for v, t in ((.5, .5), (.9, .2), (0, 1), (.2, -.1), (.2, None), (.2, True)):
+        with pytest.raises(DataError, match=r'(together|test_pct is a fraction).*got'): make(v, test_pct=t)
+    assert len(make(.2, None)(range(20), *[['a', 'b']*10]*(make is StratifiedSplitter))) == 2
+
+def test_random_with_a_test_part_keeps_train_and_valid():
+    for n in (10, 37):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(5)).tolist(); a, b = int(.2*n), int(.3*n)
+        assert lists(RandomSplitter(.2, 5)(range(n))) == [order[a:], order[:a]]
+        assert lists(RandomSplitter(.2, 5, .3)(range(n))) == [order[a+b:], order[:a], order[a:a+b]]
+
+def test_stratified_with_a_test_part():
+    y = ['rare']*10 + ['often']*90
+    for seed in range(5):
+        train, valid, test = parts = check_split(StratifiedSplitter(.2, seed, .1)(range(100), y), 100)
+        assert valid == StratifiedSplitter(.2, seed)(range(100), y)[1] and [sum(y[i] == 'rare' for i in p) for p in parts] == [7, 2, 1] and [len(p) for p in parts] == [70, 20, 10]
+    assert lists(StratifiedSplitter(0, 1, .5)(range(4), 'abab'))[1] == []
+    for seed in range(30):                                                 # a class of two: its last item is trained on, never tested on
+        parts = StratifiedSplitter(.3, seed, .3)(range(42), ['two']*2 + ['often']*40); assert {0, 1} & set(parts[0]) and sum(map(len, parts)) == 42
+    with pytest.raises(DataError, match=r'test_pct=0.1 of 10 items is 2 valid, 1 test and 7 train.*at least 0.2 for each, and at most 0.8'): StratifiedSplitter(.2, test_pct=.1)(range(10), 'ab'*5)
+
+def test_index_grandparent_and_column_with_a_test_part():
+    assert lists(IndexSplitter([1], [3, 0])(range(5))) == [[2, 4], [1], [3, 0]] and lists(IndexSplitter(1, [])(range(3))) == [[0, 2], [1], []]
+    with pytest.raises(DataError, match='both in valid_idx and in test_idx: 1'): IndexSplitter([1, 2], [1])(range(5))
+    with pytest.raises(DataError, match="test_idx has 1 of 1"): IndexSplitter([1], [9])(range(5))
+    items = tree('train', 'valid', 'test', 'other')
+    assert lists(GrandparentSplitter(test_name='test')(items)) == [[0], [1], [2]] and lists(GrandparentSplitter(test_name=('other', 'test'))(items)) == [[0], [1], [3, 2]]
+    with pytest.raises(DataError, match=r"'tests' \(test_name\).*Did you mean 'test'"): GrandparentSplitter(test_name='tests')(items)
+    with pytest.raises(DataError, match="'valid' is both in valid_name and in test_name"): GrandparentSplitter(test_name='valid')
+    df = pd.DataFrame(dict(s=['train', 'test', 'valid', 'train']), index=[4, 3, 2, 1])
+    assert lists(ColSplitter('s', 'valid', 'test')(df)) == [[0, 3], [2], [1]] and lists(ColSplitter('s', 'valid', ['test', 'x'])(df)) == [[0, 3], [2], [1]]
+    for kw, text in ((dict(test_on='test'), 'say with on='), (dict(on='valid', test_on='tst'), "nowhere test_on='tst'"), (dict(on='valid', test_on=['valid', 'test']), 'both in on and in test_on')):
+        with pytest.raises(DataError, match=text): ColSplitter('s', **kw)(df)
+
+# ---- groups ---------------------------------------------------------------------------------------------------
+def best(sizes, aim, leave):
+    "How near a choice of groups can come to `aim`, all choices tried"
+    sums = [sum(c) for k in range(1, len(sizes)-leave+1) for c in itertools.combinations(sizes, k)]
+    return min(abs(s-aim) for s in sums)
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=3, max_size=9), st.sampled_from([.05, .2, .5, .8]), st.sampled_from([0., .1]), st.integers(0, 5))
+def test_groups_stay_whole_and_valid_is_as_near_as_can_be(sizes, valid_pct, test_pct, seed):
+    ids = [g for g, k in enumerate(sizes) for _ in range(k)]; np.random.default_rng(seed).shuffle(ids); n = len(ids)
+    parts = check_split(GroupSplitter(ids, valid_pct, seed, test_pct)(range(n)), n)
+    assert len(parts) == 2 + bool(test_pct) and sorted(sum(map(list, parts), [])) == list(range(n)) and all(map(len, parts)) and all(list(p) == sorted(p) for p in parts)
+    assert sum(len({ids[i] for i in p}) for p in parts) == len(sizes)
+    assert abs(len(parts[1]) - valid_pct*n) <= best(sizes, valid_pct*n, len(parts)-1) + 1e-9
+
+def test_groups_of_a_large_set():
+    sizes = np.random.default_rng(0).integers(1, 200, 3000); ids = np.repeat(np.arange(3000), sizes); n = len(ids)
+    train, valid, test = GroupSplitter(ids, .2, 1, .1)(range(n))
+    assert abs(len(valid) - .2*n) <= 1 and abs(len(test) - .1*n) <= 1 and not set(ids[list(valid)]) & (set(ids[list(train)]) | set(ids[list(test)]))
+    a, b = (set(ids[list(GroupSplitter(ids, .2, seed)(range(n))[1])]) for seed in (1, 2)); assert len(a & b) < .5*len(a)
+
+def test_what_groups_may_be():
+    files = [Path(f'{g}/{i}.png') for i, g in enumerate('aabbbcddd')]; df = pd.DataFrame(dict(f=files, g=[p.parent.name for p in files]), index=range(20, 29))
+    want = GroupSplitter(parent_label, .3, 1)(files); assert len(want[1]) == 3
+    for groups in ('g', 1, ColReader('g'), lambda r: r.g, list('aabbbcddd'), df.g, np.array(list('aabbbcddd'))): assert GroupSplitter(groups, .3, 1)(df) == want
+    assert pickle.loads(pickle.dumps(GroupSplitter(parent_label, .3, 1)))(files) == want
+
+def test_group_faults():
+    n = range(4)
+    with pytest.raises(DataError, match=r'4 items are of 1 group\(s\).*2 parts'): GroupSplitter(['a']*4)(n)
+    with pytest.raises(DataError, match='of 2 group.*3 parts'): GroupSplitter(list('aabb'), test_pct=.2)(n)
+    with pytest.raises(DataError, match='3 groups for 4 items'): GroupSplitter([1, 2, 3])(n)
+    with pytest.raises(DataError, match="groups='patient' names a column"): GroupSplitter('patient')(n)
+    with pytest.raises(DataError, match="no column 'patiant'.*Did you mean 'patient'"): GroupSplitter('patiant')(pd.DataFrame(dict(patient=[1, 2])))
+    with pytest.raises(DataError, match='plain value'): GroupSplitter([[1], [2], [1], [2]])(n)
+    for none in (None, float('nan'), pd.NA):
+        with pytest.raises(ItemError, match="'c.png'.*position 2 has no group") as e: GroupSplitter(['x', 'y', none, 'y'])(['a.png', 'b.png', 'c.png', 'd.png'])
+        assert e.value.item == 'c.png'
+    with pytest.raises(ItemError, match="position 1 has no group") as e: GroupSplitter('g')(pd.DataFrame(dict(g=['a', None, 'b'], f=['x', 'y', 'z'])))
+    assert e.value.item['f'] == 'y'
+    with pytest.raises(ItemError, match="KeyError"): GroupSplitter(lambda o: {}[o])(n)
+    assert lists(GroupSplitter(['a']*4, 0)(n)) == [[0, 1, 2, 3], []]
+
+# ---- folds ----------------------------------------------------------------------------------------------------
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.integers(6, 40), st.integers(0, 5), st.booleans(), st.booleans())
+def test_folds_are_disjoint_and_complete(k, n, seed, stratify, grouped):
+    y, ids = [i % 3 for i in range(n)], [i % 7 for i in range(n)] if n > 12 else list(range(n))
+    kw = dict(stratify=stratify, groups=ids if grouped else None)
+    splits = [check_split(KFoldSplitter(f, k, seed, **kw)(range(n), *[y]*stratify), n) for f in range(k)]
+    assert sorted(sum((list(v) for _, v in splits), [])) == list(range(n)) and all(sorted(t + v) == list(range(n)) and v for t, v in splits)
+    if grouped: assert sum(len({ids[i] for i in v}) for _, v in splits) == len(set(ids))
+    else: assert max(len(v) for _, v in splits) - min(len(v) for _, v in splits) <= 1
+    if stratify and not grouped:
+        for c in range(3): per = [sum(y[i] == c for i in v) for _, v in splits]; assert max(per) - min(per) <= 1
+
+def test_folds_of_groups_are_balanced():
+    sizes = [40, 30, 20, 10, 10, 10, 10, 5, 5, 5, 5]; ids = [g for g, k in enumerate(sizes) for _ in range(k)]
+    assert sorted(len(KFoldSplitter(f, 3, seed=1, groups=ids)(range(150))[1]) for f in range(3)) == [50, 50, 50]
+    y = ['rare' if g % 4 == 0 else 'often' for g in range(40) for _ in range(5)]; ids = [g for g in range(40) for _ in range(5)]
+    for f in range(5): v = KFoldSplitter(f, 5, seed=2, stratify=True, groups=ids)(range(200), y)[1]; assert len(v) == 40 and sum(y[i] == 'rare' for i in v) == 10
+
+def test_fold_seeds_and_labels():
+    a, b = KFoldSplitter(0, seed=1)(range(50)), KFoldSplitter(0, seed=2)(range(50)); assert a != b and a == KFoldSplitter(0, seed=1)(range(50))
+    assert KFoldSplitter(0, seed=1, groups=list(range(10))*5)(range(50)) != KFoldSplitter(0, seed=2, groups=list(range(10))*5)(range(50))
+    assert not KFoldSplitter(0).needs_labels and KFoldSplitter(0, stratify=True).needs_labels
+    with pytest.raises(DataError, match='needs the labels'): KFoldSplitter(0, stratify=True)(range(10))
+
+def test_fold_faults():
+    for bad in (-1, 5, 1.5, True, None, '0'):
+        with pytest.raises(DataError, match='from 0 to 4'): KFoldSplitter(bad)
+    for bad in (1, 0, 2.5, True):
+        with pytest.raises(DataError, match='n_folds'): KFoldSplitter(0, bad)
+    with pytest.raises(DataError, match='4 items cannot be divided into 5'): KFoldSplitter(0)(range(4))
+    with pytest.raises(DataError, match='2 groups cannot be divided into 5'): KFoldSplitter(0, groups=[1, 2]*5)(range(10))
+    with pytest.raises(DataError, match="single item.*'solo'"): KFoldSplitter(0, 2, stratify=True)(range(5), ['a']*4 + ['solo'])
+    y = ['a']*6 + ['b']*2; folds = [KFoldSplitter(f, 2, seed=0, stratify=True, groups=[0, 0, 1, 1, 2, 2, 3, 3]) for f in range(2)]
+    with pytest.raises(DataError, match="of one group.*'b'"): [f(range(8), y) for f in folds]

@@ -17,6 +17,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.foundation import L
 from torchvision import tv_tensors
 from ..core import DataError
+from .place import Boxes, Points
 
 # %% ../../nbs/data/04_augment.ipynb #f0021f8b
 def _in_range(tfm, name, low, high=math.inf, open_end=False):
@@ -175,6 +176,12 @@ class RandomResizedCropGPU(GeometricTfm):
         "Height and width, in pixels, of the largest part of an (h, w) image whose proportions are within `ratio`"
         return min(h, w/self.ratio[0]), min(w, h*self.ratio[1])
 
+    def middle(self, h, w):
+        "The part of an (h, w) image that validation sees: two slices, of its rows and its columns"
+        ch, cw = (max(1, round(o*self.valid_scale)) for o in self.centre(h, w))
+        top, left = (h-ch)//2, (w-cw)//2
+        return slice(top, top+ch), slice(left, left+cw)
+
     def matrices(self, rng, n, h, w, tries=10):
         k = 1 if self.batch else n
         area, ratio = rng.uniform(self.min_scale, 1, (k, tries))*h*w, np.exp(rng.uniform(*np.log(self.ratio), (k, tries)))
@@ -260,14 +267,52 @@ def _resample(value, geometry):
     "`value`, a batch of one kind of data, after `geometry`; kinds without a place in the picture stay as they are"
     return value
 
+def _exact(geometry, hw):
+    "(n,) the number in `_DIHEDRAL` of what moves the pixels of an image of `hw` without changing any, −1 where there is none"
+    exact = (geometry.matrix[:, None] == _DIHEDRAL).all((-1, -2))           # (n, 8)
+    if hw[0] != hw[1]: exact[:, 4:] = False                                 # a stretch as well as a turn
+    return np.where(exact.any(1) & (hw == geometry.size), exact.argmax(1), -1)
+
 @_resample.register
 def _(value: tv_tensors.Image, geometry):
     x, hw = value.as_subclass(torch.Tensor), tuple(value.shape[-2:])
-    exact = (geometry.matrix[:, None] == _DIHEDRAL).all((-1, -2))           # (n, 8)
-    if hw[0] != hw[1]: exact[:, 4:] = False                                 # a stretch as well as a turn
-    code = np.where(exact.any(1) & (hw == geometry.size), exact.argmax(1), -_reduction(geometry.matrix, hw, geometry.size))
+    code = _exact(geometry, hw)
+    code = np.where(code >= 0, code, -_reduction(geometry.matrix, hw, geometry.size))
     groups = [(np.flatnonzero(code == c), partial(_turn, code=c) if c >= 0 else partial(_sample, geometry=geometry, reduction=-c)) for c in np.unique(code).tolist()]
     return tv_tensors.wrap(_by_rows(x, groups, geometry.size), like=value)
+
+# %% ../../nbs/data/04_augment.ipynb #e24d640c
+@_resample.register
+def _(value: tv_tensors.Mask, geometry):
+    x, code = value.as_subclass(torch.Tensor), _exact(geometry, tuple(value.shape[-2:]))
+    out = torch.empty((len(x), *geometry.size), dtype=x.dtype, device=x.device)
+    for c in np.unique(code).tolist():
+        rows = np.flatnonzero(code == c); i = _to(rows, x)
+        out.index_copy_(0, i, _turn(x[i], rows, c) if c >= 0 else _nearest(x[i], geometry.matrix[rows], geometry))
+    return tv_tensors.wrap(out, like=value)
+
+def _nearest(x, matrix, geometry):
+    "Resample the masks `x` (n, h, w); a float32 holds their whole numbers up to 2²⁴ exactly"
+    grid = _grid(_to(matrix, x), *geometry.size)
+    return F.grid_sample(x[:, None].float(), grid, mode='nearest', padding_mode=geometry.pad_mode, align_corners=False)[:, 0].to(x.dtype)
+
+def _moved(xy, geometry):
+    "Places `xy` (n, k, 2) of the old picture as places of the new"
+    m = _to(np.linalg.inv(geometry.matrix/geometry.matrix[:, 2:, 2:]), xy)
+    u, v, z = (m[:, i, 0, None]*xy[..., 0] + m[:, i, 1, None]*xy[..., 1] + m[:, i, 2, None] for i in range(3))
+    return torch.stack([u, v], -1)/z.clamp_min(.05)[..., None]               # at and beyond the horizon, far outside
+
+@_resample.register
+def _(value: Points, geometry): return _moved(value.as_subclass(torch.Tensor), geometry).as_subclass(Points)
+
+@_resample.register
+def _(value: Boxes, geometry):
+    x1, y1, x2, y2, label = value.as_subclass(torch.Tensor).unbind(-1)
+    corners = _moved(torch.stack([x1, y1, x2, y1, x1, y2, x2, y2], -1).reshape(len(value), -1, 2), geometry).reshape(*label.shape, 4, 2)
+    low, high = corners.amin(2).clamp(-1, 1), corners.amax(2).clamp(-1, 1)
+    w, h = (high - low).unbind(-1)
+    there = (w > 1.999/geometry.size[1]) & (h > 1.999/geometry.size[0]) & (label >= 0)        # a pixel, with room for rounding
+    return torch.cat([torch.cat([low, high], -1)*there[..., None], torch.where(there, label, -1.)[..., None]], -1).as_subclass(Boxes)
 
 # %% ../../nbs/data/04_augment.ipynb #194d94d7
 @dataclass
@@ -523,23 +568,31 @@ def _call(tfm, value, n):
                     + (f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else f'{type(out).__name__}'))
 
 @singledispatch
-def _fit_size(value, size, crop):
-    "`value`, a batch of one kind of data, at the `size` of the train batches, with nothing random"
+def _fit_size(value, size, part, hw):
+    "`value`, a batch of one kind of data, at the `size` of the train batches: the `part` (rows, columns) of pictures of `hw`, with nothing random"
     return value
 
 @_fit_size.register
-def _(value: tv_tensors.Image, size, crop):
-    x, (h, w) = value.as_subclass(torch.Tensor), value.shape[-2:]
-    if crop:
-        ch, cw = (max(1, round(o*crop.valid_scale)) for o in crop.centre(h, w))
-        x = x[..., (h-ch)//2:(h-ch)//2+ch, (w-cw)//2:(w-cw)//2+cw]
-    if x.shape[-2:] == (h, w) == size: return value
+def _(value: tv_tensors.Image, size, part, hw):
+    x = value.as_subclass(torch.Tensor)[(..., *part)]
+    if x.shape[-2:] == value.shape[-2:] == size: return value
     x = F.interpolate(_unit(x), size=size, mode='bilinear', antialias=True, align_corners=False)
     return tv_tensors.wrap(x.clamp_(0, 1).contiguous(memory_format=torch.channels_last), like=value)
 
+@_fit_size.register
+def _(value: tv_tensors.Mask, size, part, hw):
+    x = value.as_subclass(torch.Tensor)[(..., *part)]
+    return tv_tensors.wrap(F.interpolate(x[:, None].float(), size=size, mode='nearest-exact')[:, 0].to(x.dtype), like=value)
+
+@_fit_size.register(Points)
+@_fit_size.register(Boxes)
+def _(value, size, part, hw):
+    (sy, y), (sx, x) = (((o.stop-o.start)/n, (o.stop+o.start)/n - 1) for o, n in zip(part, hw))
+    return _resample(value, _Geometry(np.repeat(_matrices(sx, 0, x, 0, sy, y), len(value), 0), size, 'nearest', 'zeros'))
+
 def apply_batch_tfms(
     tfms,          # batch transforms, in any order: `aug_transforms()`, `[Flip(), Brightness()]`, …
-    fields,        # tuple of batches; `tv_tensors.Image` (n, channels, height, width), uint8 or float from 0 to 1, are changed
+    fields,        # tuple of batches; `tv_tensors.Image` (n, channels, height, width), uint8 or float from 0 to 1, are changed; `tv_tensors.Mask` (n, height, width), `Points` and `Boxes` follow their geometry
     rng,           # a `np.random.Generator`, e.g. `stream(seed, 'batch', epoch, index)`; not touched on validation
     train=True,    # False for validation: nothing random
 ):
@@ -557,7 +610,8 @@ def apply_batch_tfms(
     geometric, lighting, erasing = ([t for t in tfms if isinstance(t, k)] for k in kinds)
     if not train:
         size, crop = _shared(geometric, 'size'), next((t for t in geometric if isinstance(t, RandomResizedCropGPU)), None)
-        return tuple(_fit_size(f, size, crop) for f in fields) if size else fields
+        part = crop.middle(*hw) if crop else (slice(0, hw[0]), slice(0, hw[1]))
+        return tuple(_fit_size(f, size, part, hw) for f in fields) if size else fields
     if geometric:
         geometry = _draw_geometry(geometric, rng, n, hw); hw = geometry.size
         fields = tuple(_resample(f, geometry) for f in fields)

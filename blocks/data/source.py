@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['image_extensions', 'SourceError', 'get_files', 'get_image_files', 'FileGetter', 'ImageGetter', 'parent_label',
            'RegexLabeller', 'ItemGetter', 'AttrGetter', 'using_attr', 'ColReader', 'check_split', 'RandomSplitter',
-           'RandomSubsetSplitter', 'TrainTestSplitter', 'StratifiedSplitter', 'IndexSplitter', 'EndSplitter',
-           'MaskSplitter', 'FuncSplitter', 'GrandparentSplitter', 'FileSplitter', 'ColSplitter']
+           'RandomSubsetSplitter', 'TrainTestSplitter', 'StratifiedSplitter', 'GroupSplitter', 'KFoldSplitter',
+           'IndexSplitter', 'EndSplitter', 'MaskSplitter', 'FuncSplitter', 'GrandparentSplitter', 'FileSplitter',
+           'ColSplitter']
 
 # %% ../../nbs/data/01_source.ipynb #9159b0e4
 import difflib, math, numbers, operator, os, re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -261,28 +263,35 @@ def _indices(values, what, n):
     return values
 
 def check_split(
-    splits,    # what a splitter returned: two lists of positions, (train, valid)
+    splits,    # what a splitter returned: lists of positions, (train, valid) or (train, valid, test)
     n,         # the number of items that were split
 ) -> tuple:
-    """The two parts of a split as an `L` of integers each, once they are known to be sound.
+    """The two or three parts of a split as an `L` of integers each, once they are known to be sound.
 
-    Raises `DataError` unless there are two lists of integers in `range(n)`, with no position twice, none in both, and train not empty.
-    An empty valid part is sound, and so are items that are in neither."""
+    Raises `DataError` unless there are two or three lists of integers in `range(n)`, with no position twice, none in two of them, and train not empty.
+    An empty valid or test part is sound, and so are items that are in no part."""
     try: parts = list(splits)
     except TypeError: parts = [splits]
-    if len(parts) != 2: raise DataError(f"a splitter returns two lists of positions (train, valid), and this one returned {len(parts)}: {_short(parts)}")
-    train, valid = (_indices(p, f"the splitter's {name} part", n) for p, name in zip(parts, ('train', 'valid')))
-    held = set(valid)
-    if both := [i for i in train if i in held]:
-        raise DataError(f"the split leaks: train ({len(train)} items) and valid ({len(valid)} items) share {len(both)}, at the positions: {_few(both)}")
-    if not train: raise DataError(f"the split leaves nothing to train on: train has 0 and valid {len(valid)} of the {n} items")
-    return L(train), L(valid)
+    if len(parts) not in (2, 3):
+        raise DataError(f"a splitter returns lists of positions, (train, valid) or (train, valid, test), and this one returned {len(parts)}: {_short(parts)}")
+    parts = {name: _indices(p, f"the splitter's {name} part", n) for name, p in zip(('train', 'valid', 'test'), parts)}
+    for (a, one), (b, other) in combinations(parts.items(), 2):
+        held = set(other)
+        if both := [i for i in one if i in held]:
+            raise DataError(f"the split leaks: {a} ({len(one)} items) and {b} ({len(other)} items) share {len(both)}, at the positions: {_few(both)}")
+    if not parts['train']: raise DataError(f"the split leaves nothing to train on: train has 0 and {', '.join(f'{name} {len(p)}' for name, p in parts.items() if name != 'train')} of the {n} items")
+    return tuple(map(L, parts.values()))
 
 # %% ../../nbs/data/01_source.ipynb #31e48b44
 def _fraction(value, name):
     "Raise `DataError` unless `value` is a number in [0, 1)"
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
         raise DataError(f"{name} is a fraction of the items, from 0 to less than 1, and got {value!r}; for 20% write {name}=0.2")
+
+def _fractions(valid_pct, test_pct):
+    "Raise `DataError` unless both are numbers in [0, 1), and leave something to train on"
+    _fraction(valid_pct, 'valid_pct'); _fraction(test_pct, 'test_pct')
+    if valid_pct + test_pct >= 1 - 1e-9: raise DataError(f"valid_pct and test_pct must be less than 1 together, or nothing is left to train on, and got {valid_pct} and {test_pct}")
 
 def _shuffled(n, seed):
     "The numbers below `n` in an order that depends on `seed` alone; no global generator is touched"
@@ -293,14 +302,16 @@ def _shuffled(n, seed):
 class RandomSplitter:
     """Split at random: the first `int(valid_pct*n)` positions of a random order are valid, the others train, both in that order.
 
+    With a `test_pct` the next `int(test_pct*n)` are a third part, test; valid stays what it is without.
     Without a `seed` the split is that of `current_seed()`: the same in every session, until `set_seed` sets another.
-    Raises `DataError` when `valid_pct` is not in [0, 1)."""
+    Raises `DataError` when a part is not in [0, 1), or nothing is left to train on."""
     valid_pct: float = .2    # part of the items to hold back, from 0 to less than 1
     seed: int = None         # None follows `set_seed`
-    def __post_init__(self): _fraction(self.valid_pct, 'valid_pct')
+    test_pct: float = 0.     # part of the items to hold back for the last judgement; 0 gives no such part
+    def __post_init__(self): _fractions(self.valid_pct, self.test_pct)
     def __call__(self, o):
-        order, cut = _shuffled(len(o), self.seed), int(self.valid_pct*len(o))
-        return L(order[cut:]), L(order[:cut])
+        order, a, b = _shuffled(len(o), self.seed), int(self.valid_pct*len(o)), int(self.test_pct*len(o))
+        return (L(order[a+b:]), L(order[:a])) + ((L(order[a:a+b]),) if self.test_pct else ())
 
 @dataclass
 class RandomSubsetSplitter:
@@ -343,35 +354,50 @@ class TrainTestSplitter:
 
 @dataclass
 class StratifiedSplitter:
-    """Split at random so that each class has the same share in train and in valid. Called with `(items, labels)`.
+    """Split at random so that each class has the same share in every part. Called with `(items, labels)`.
 
-    `valid_pct*n` items, rounded down, are held back. A class with few items (expected share below one) may miss in valid; none ever misses in train. Through scikit-learn's `train_test_split`.
-    Raises `DataError` when a class has a single item, and when either part is too small to hold every class."""
+    `valid_pct*n` items, rounded down, are valid, and with a `test_pct` as many of the others as it says are a third part, test.
+    A class with few items (expected share below one) may miss in what is held back; none ever misses in train. Through scikit-learn's `train_test_split`.
+    Raises `DataError` when a class has a single item, and when a part is too small to hold every class."""
     valid_pct: float = .2    # part of the items to hold back, from 0 to less than 1
     seed: int = None         # None follows `set_seed`
+    test_pct: float = 0.     # part of the items to hold back for the last judgement; 0 gives no such part
     needs_labels = True      # tells a `DataBlock` to find the labels first and to pass them
-    def __post_init__(self): _fraction(self.valid_pct, 'valid_pct')
+    def __post_init__(self): _fractions(self.valid_pct, self.test_pct)
     def __call__(self, o, labels=None):
-        if labels is None: raise DataError("StratifiedSplitter needs the labels: a DataBlock passes those of get_y; by hand call splitter(items, labels)")
-        n, classes, codes = len(o), *_classes(labels, len(o))
-        if self.valid_pct == 0: return L(range(n)), L()
-        k, n_valid = len(classes), int(self.valid_pct*n + 1e-9)        # 0.29*100 is 28.999…
-        if min(n_valid, n - n_valid) < k:
-            raise DataError(f"valid_pct={self.valid_pct} of {n} items is {n_valid} valid and {n-n_valid} train, and neither may be fewer than the {k} classes; "
-                            f"use a valid_pct from {math.ceil(1000*k/n)/1000:g} to {math.floor(1000*(n-k)/n)/1000:g}")
-        train, valid = _train_test(n, self.seed, test_size=n_valid, stratify=codes)
+        n, (classes, codes) = len(o), _classes('StratifiedSplitter', labels, len(o))
+        n_valid, n_test = (int(pct*n + 1e-9) for pct in (self.valid_pct, self.test_pct))        # 0.29*100 is 28.999…
+        self._room(n, len(classes), n_valid, n_test)
+        train, valid = self._hold_back(range(n), codes, n_valid)
+        train, test = self._hold_back(train, codes, n_test)
         if lost := set(codes) - {codes[i] for i in train}:
             raise DataError(f"with valid_pct={self.valid_pct} no item is left to train on of: {_few(classes[c] for c in lost)}; use a smaller valid_pct")
-        return train, valid
+        return (train, valid, test) if self.test_pct else (train, valid)
+    def _room(self, n, k, n_valid, n_test):
+        "Raise `DataError` when a part is too small for `k` classes"
+        held = [m for m, pct in ((n_valid, self.valid_pct), (n_test, self.test_pct)) if pct]
+        if not held or min(*held, n - sum(held)) >= k: return
+        low, high = math.ceil(1000*k/n)/1000, math.floor(1000*(n-k)/n)/1000
+        asked, got, mend = f'valid_pct={self.valid_pct}', f'{n_valid} valid', f'a valid_pct from {low:g} to {high:g}'
+        if self.test_pct: asked, got, mend = f'{asked}, test_pct={self.test_pct}', f'{got}, {n_test} test', f'at least {low:g} for each, and at most {high:g} together'
+        raise DataError(f"{asked} of {n} items is {got} and {n-sum(held)} train, and no part may have fewer than the {k} classes; use {mend}")
+    def _hold_back(self, pool, codes, m):
+        "Divide the positions `pool` into the rest and `m` to hold back; the last item of a class stays"
+        if not m: return L(pool), L()
+        left = Counter(codes[i] for i in pool)
+        last, free = [i for i in pool if left[codes[i]] == 1], [i for i in pool if left[codes[i]] > 1]
+        rest, held = _train_test(len(free), self.seed, test_size=m, stratify=[codes[i] for i in free])
+        return L(last + [free[i] for i in rest]), L([free[i] for i in held])
 
-def _classes(labels, n):
+def _classes(who, labels, n):
     "The classes of `labels` in order, and the number of its class for each of the `n` items; every class has at least two"
+    if labels is None: raise DataError(f"{who} needs the labels: a DataBlock passes those of get_y; by hand call splitter(items, labels)")
     labels = _list(labels)
-    if len(labels) != n: raise DataError(f"StratifiedSplitter got {len(labels)} labels for {n} items: give one for each")
+    if len(labels) != n: raise DataError(f"{who} got {len(labels)} labels for {n} items: give one for each")
     try: counts = Counter(labels)
     except TypeError:
-        raise DataError(f"StratifiedSplitter needs one plain label for each item, and got {_short(labels[0])}; "
-                        "several labels an item cannot be stratified, use RandomSplitter") from None
+        raise DataError(f"{who} needs one plain label for each item, and got {_short(labels[0])}; "
+                        "several labels an item cannot be stratified, split them at random") from None
     if single := [c for c, k in counts.items() if k == 1]:
         raise DataError(f"a class with a single item cannot be in train and in valid: {_few(single)} (classes and their items: {_counts(counts)}). "
                         "Add pictures of them, join them with another class or leave them out; for numbers to be predicted use RandomSplitter")
@@ -382,6 +408,121 @@ def _classes(labels, n):
 def _counts(counts, n=8):
     "Names and how often each was seen, the most frequent first, as text"
     return ', '.join(f'{name!r} {k}' for name, k in counts.most_common(n)) + (f', … ({len(counts)} in all)' if len(counts) > n else '')
+
+# %% ../../nbs/data/01_source.ipynb #6f311b09
+def _group_numbers(who, groups, o):
+    "The group of each item of `o` as a number, counted from 0 as they appear"
+    table = hasattr(o, 'iloc') and hasattr(o, 'columns')
+    if callable(groups): ids = groups.column(o) if table and hasattr(groups, 'column') else [_group_of(who, groups, i) for i in (map(ItemGetter(1), o.iterrows()) if table else o)]
+    elif isinstance(groups, (str, numbers.Integral)):
+        if not table: raise DataError(f"{who}: groups={groups!r} names a column, and the items are no table but a {type(o).__name__}; give a function of an item, or a list with the group of each")
+        ids = o.iloc[:, _position(o.columns, groups)].tolist()
+    else: ids = _list(groups)
+    if len(ids) != len(o): raise DataError(f"{who} got {len(ids)} groups for {len(o)} items: give one for each")
+    ids, seen = [_plain(g) for g in ids], {}
+    for i, g in enumerate(ids):
+        if _missing(g): raise ItemError(f"{who}'s groups", o.iloc[i].to_dict() if table else o[i], f"the item at position {i} has no group, but {g}", "give it one of its own, or leave the item out")
+    try: return [seen.setdefault(g, len(seen)) for g in ids]
+    except TypeError as e: raise DataError(f"{who}: a group must be a plain value such as a number or a text ({e}); the first is {_short(ids[0])}") from None
+
+def _group_of(who, func, item):
+    try: return func(item)
+    except Exception as e: raise ItemError(f"{who}'s groups function", item, f'{type(e).__name__}: {e}') from e
+
+_EXACT = 10_000    # items: so near to the aim, all sums of group sizes are tried
+
+def _closest(order, sizes, aim, leave):
+    "Some of the groups `order` whose `sizes` add up to `aim` as nearly as can be; at least one, and at least `leave` stay"
+    taken, most, near = [], len(order) - leave, aim
+    for g in order:                                                      # a large set: on the long way there any group will do
+        if near - sizes[g] >= _EXACT and len(taken) < most: taken.append(g); near -= sizes[g]
+    rest = [g for g in order if g not in gone] if (gone := set(taken)) else order
+    span, goal = min(sum(sizes[g] for g in rest), math.ceil(2*near)), round(near)                  # further above the aim than none is below it, no sum is better
+    by, count = np.full(span + 1, -1), np.zeros(span + 1, int)           # for each sum: the group that reached it first, and how many it took
+    by[0] = len(sizes)
+    for g in rest:
+        if 0 < goal <= span and by[goal] >= 0 and count[goal] <= most - len(taken): break
+        new = np.flatnonzero((by[:max(0, span + 1 - sizes[g])] >= 0) & (by[sizes[g]:] < 0)) + sizes[g]
+        by[new], count[new] = g, count[new - sizes[g]] + 1
+    far = np.where((by >= 0) & ((np.arange(span + 1) > 0) | bool(taken)), np.abs(np.arange(span + 1) - near), np.inf)
+    few = np.where(count <= most - len(taken), far, np.inf)
+    if few.min() > far.min() and order != (by_size := sorted(order, key=lambda g: -sizes[g])): return _closest(by_size, sizes, aim, leave)     # large ones first, it takes fewer
+    if few.min() == np.inf: return [min(rest, key=sizes.__getitem__)]    # the smallest group is more than twice the aim
+    s = int(few.argmin())
+    while s: taken.append(int(by[s])); s -= sizes[by[s]]
+    return taken
+
+@dataclass
+class GroupSplitter:
+    """Split at random so that the items of one group (a patient, a scene, a module) are all in the same part.
+
+    The groups in valid, and with a `test_pct` those in test, hold as nearly that part of the items as whole groups allow; each of these parts has at least one group.
+    The positions in a part are in order. Raises `DataError` when there are fewer groups than parts, `ItemError` for an item without a group (None, NaN)."""
+    groups: object = field(repr=False)    # the group of an item: a function of it (of a table: of a row), a column's name or position, or a list with one for each item
+    valid_pct: float = .2                 # part of the items to hold back, from 0 to less than 1
+    seed: int = None                      # None follows `set_seed`
+    test_pct: float = 0.                  # part of the items to hold back for the last judgement; 0 gives no such part
+    def __post_init__(self): _fractions(self.valid_pct, self.test_pct)
+    def __call__(self, o):
+        of = _group_numbers('GroupSplitter', self.groups, o)
+        sizes, part = np.bincount(of).tolist(), {}                       # part: of each group that is held back
+        held = [(name, pct) for name, pct in (('valid', self.valid_pct), ('test', self.test_pct)) if pct]
+        if of and len(sizes) <= len(held):
+            raise DataError(f"GroupSplitter: the {len(of)} items are of {len(sizes)} group(s), and whole groups cannot be divided into {len(held)+1} parts: check what groups= gives")
+        order = _shuffled(len(sizes), self.seed)
+        for i, (name, pct) in enumerate(held if of else []):
+            part |= dict.fromkeys(_closest([g for g in order if g not in part], sizes, pct*len(of), len(held) - i), name)
+        return tuple(L([i for i, g in enumerate(of) if part.get(g) == name]) for name in (None, 'valid', 'test')[:3 if self.test_pct else 2])
+
+# %% ../../nbs/data/01_source.ipynb #7f478a2b
+def _group_folds(groups, codes, order, k):
+    "The fold of each group: one after the other, the largest first, each goes where there are fewest items of its classes"
+    items = np.zeros((len(order), max(codes) + 1))
+    np.add.at(items, (groups, codes), 1)
+    share, folds, out = items/items.sum(0), np.zeros((k, items.shape[1])), {}
+    for g in sorted(order, key=lambda g: -items[g].sum()):
+        crowded = (folds*share[g]).sum(1).round(12)
+        out[g] = int(np.lexsort((folds.sum(1), crowded))[0])
+        folds[out[g]] += share[g]
+    return out
+
+@dataclass
+class KFoldSplitter:
+    """Hold back fold `fold` of `n_folds` (from 0 on). With the same seed, the folds have no item in common and hold all of them.
+
+    With `stratify` each class has the same share in every fold; the splitter is then called with `(items, labels)`.
+    With `groups` the items of one group are all in the same fold. The positions in a part are in order. No global generator is touched.
+    Raises `DataError` for a fold that there is not, for fewer items (or groups) than folds, and with `stratify` for a class with a single item, or with no item left to train on."""
+    fold: int                                           # which one, from 0 to n_folds-1
+    n_folds: int = 5                                    # how many, at least 2
+    seed: int = None                                    # None follows `set_seed`
+    stratify: bool = False                              # the same share of each class in every fold?
+    groups: object = field(default=None, repr=False)    # as in `GroupSplitter`; None: items stand alone
+    def __post_init__(self):
+        whole = lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool)
+        if not whole(self.n_folds) or self.n_folds < 2: raise DataError(f"n_folds must be a whole number from 2 on, and got {self.n_folds!r}")
+        if not whole(self.fold) or not 0 <= self.fold < self.n_folds: raise DataError(f"fold must be a whole number from 0 to {self.n_folds-1}, for n_folds={self.n_folds}, and got {self.fold!r}")
+    @property
+    def needs_labels(self): return bool(self.stratify)
+    def __call__(self, o, labels=None):
+        classes, codes = _classes('KFoldSplitter(stratify=True)', labels, len(o)) if self.stratify else ([None], [0]*len(o))
+        valid = set(self._alone(codes) if self.groups is None else self._grouped(o, codes))
+        train = [i for i in range(len(o)) if i not in valid]
+        if self.stratify and (lost := set(codes) - {codes[i] for i in train}):
+            raise DataError(f"KFoldSplitter: all items of a class are of one group, and fold {self.fold} leaves none to train on of: {_few(classes[c] for c in lost)}")
+        return L(train), L(sorted(valid))
+    def _alone(self, codes):
+        "The items in random order, by class, are dealt out like cards"
+        self._enough(len(codes), 'items')
+        return sorted(_shuffled(len(codes), self.seed), key=codes.__getitem__)[self.fold::self.n_folds]
+    def _grouped(self, o, codes):
+        groups = _group_numbers('KFoldSplitter', self.groups, o)
+        order = _shuffled(len(set(groups)), self.seed)
+        self._enough(len(order), 'groups')
+        fold = _group_folds(groups, codes, order, self.n_folds)
+        return [i for i, g in enumerate(groups) if fold[g] == self.fold]
+    def _enough(self, k, what):
+        if k < self.n_folds: raise DataError(f"KFoldSplitter: {k} {what} cannot be divided into {self.n_folds} folds; use a smaller n_folds")
 
 # %% ../../nbs/data/01_source.ipynb #b075ef7e
 def _by_mask(mask): return L([i for i, m in enumerate(mask) if not m]), L([i for i, m in enumerate(mask) if m])
@@ -395,12 +536,17 @@ def _mask(values, what, mend):
 
 @dataclass
 class IndexSplitter:
-    "Hold back the items at given positions, in the given order; raises `DataError` for a position that there is not, or that comes twice"
-    valid_idx: object = field(repr=False)    # positions in the list of items (not the labels of a table's rows)
+    """Hold back the items at given positions, in the given order; with `test_idx` those are a third part, test.
+
+    Raises `DataError` for a position that there is not, or that comes twice."""
+    valid_idx: object = field(repr=False)                 # positions in the list of items (not the labels of a table's rows)
+    test_idx: object = field(default=None, repr=False)    # positions of the test part; None gives no such part
     def __call__(self, o):
-        valid = _indices(L(self.valid_idx) if isinstance(self.valid_idx, int) else self.valid_idx, "IndexSplitter's valid_idx", len(o))
-        held = set(valid)
-        return L([i for i in range(len(o)) if i not in held]), L(valid)
+        given = dict(valid_idx=self.valid_idx) | (dict(test_idx=self.test_idx) if self.test_idx is not None else {})
+        parts = [_indices(L(idx) if isinstance(idx, int) else idx, f"IndexSplitter's {name}", len(o)) for name, idx in given.items()]
+        held = set(parts[0]).union(*parts[1:])
+        if len(held) < sum(map(len, parts)): raise DataError(f"IndexSplitter: these positions are both in valid_idx and in test_idx: {_few(sorted(set(parts[0]) & set(parts[1])))}")
+        return L([i for i in range(len(o)) if i not in held]), *map(L, parts)
 
 @dataclass
 class EndSplitter:
@@ -437,15 +583,18 @@ class FuncSplitter:
 class GrandparentSplitter:
     """Split by the folder above the one that a file lies in: `train/cat/1.jpg` is train, `valid/cat/2.jpg` is valid.
 
-    With several names, the files of the first come first. Files in other folders are in neither part.
-    Raises `DataError` that names the folders seen when there is no file for train, or none for valid, and when a name is in both."""
+    With several names, the files of the first come first. With a `test_name` there is a third part, test. Files in other folders are in no part.
+    Raises `DataError` that names the folders seen when there is no file for one of the parts, and when a name is in two."""
     train_name: object = 'train'    # name of the folder with the training data, or a tuple of names
     valid_name: object = 'valid'    # name of the folder with the validation data, or a tuple of names
+    test_name: object = None        # name of the folder with the test data, or a tuple of names; None gives no such part
     def __post_init__(self):
-        if both := set(L(self.train_name)) & set(L(self.valid_name)): raise DataError(f"GrandparentSplitter: {_few(sorted(both))} is both in train_name and in valid_name")
+        for a, b in combinations(self._parts(), 2):
+            if both := set(L(getattr(self, a))) & set(L(getattr(self, b))): raise DataError(f"GrandparentSplitter: {_few(sorted(both))} is both in {a} and in {b}")
     def __call__(self, o):
         seen = [p.parent.parent.name for p in _paths(o, 'GrandparentSplitter')]
-        return self._part(seen, 'train_name'), self._part(seen, 'valid_name')
+        return tuple(self._part(seen, which) for which in self._parts())
+    def _parts(self): return ['train_name', 'valid_name'] + ['test_name']*(self.test_name is not None)
     def _part(self, seen, which):
         names = L(getattr(self, which))
         part = L([i for name in names for i, s in enumerate(seen) if s == name])
@@ -475,16 +624,25 @@ class FileSplitter:
 
 @dataclass
 class ColSplitter:
-    """Hold back the rows of a DataFrame in which a column is true, or is `on`.
+    """Hold back the rows of a DataFrame in which a column is true, or is `on`; with `test_on` the rows in which it is that are a third part, test.
 
-    Raises `DataError` when there is no such column, when its values are not True or False (without `on`), and when none is `on`."""
+    Raises `DataError` when there is no such column, when its values are not True or False (without `on`), when none is `on`, or none `test_on`, and when a value is in both."""
     col: object = 'is_valid'    # name or position of the column
     on: object = None           # the value that marks valid, or a list of them; None: the column itself is True or False
+    test_on: object = None      # the value that marks test, or a list of them; None gives no such part
     def __call__(self, o):
         if not hasattr(o, 'iloc') or not hasattr(o, 'columns'): raise DataError(f"ColSplitter splits the rows of a pandas DataFrame, and got a {type(o).__name__}")
         values = [_plain(v) for v in o.iloc[:, _position(o.columns, self.col)].tolist()]
+        if self.on is None and self.test_on is not None: raise DataError(f"ColSplitter: test_on={self.test_on!r} says what marks test; say with on= what marks valid")
         if self.on is None: return _by_mask(_mask(values, f"column {self.col!r}", "or say with on= which value marks valid"))
-        wanted = _list(self.on) if isinstance(self.on, (list, tuple, set, np.ndarray, L)) else [self.on]
-        mask = [v in wanted for v in values]
-        if mask and not any(mask): raise DataError(f"ColSplitter: column {self.col!r} is nowhere on={self.on!r}; its values: {_counts(Counter(map(_plain, values)))}")
-        return _by_mask(mask)
+        held = [self._marked(values, which) for which in ('on', 'test_on') if getattr(self, which) is not None]
+        if both := set(held[0]) & set(held[-1]) if len(held) > 1 else (): raise DataError(f"ColSplitter: {_few(sorted({str(values[i]) for i in both}))} is both in on and in test_on")
+        rest = set(range(len(values))).difference(*held)
+        return L(sorted(rest)), *held
+    def _marked(self, values, which):
+        "The positions of the `values` that are what the field `which` says"
+        on = getattr(self, which)
+        wanted = _list(on) if isinstance(on, (list, tuple, set, np.ndarray, L)) else [on]
+        part = L([i for i, v in enumerate(values) if v in wanted])
+        if values and not part: raise DataError(f"ColSplitter: column {self.col!r} is nowhere {which}={on!r}; its values: {_counts(Counter(map(_plain, values)))}")
+        return part

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'Predictor', 'Predictions', 'is_plain', 'to_spec', 'from_sp
            'load_learner']
 
 # %% ../../nbs/infer/20_predictor.ipynb #3554d25e
-import dataclasses, os, tempfile, warnings
+import dataclasses, importlib, os, tempfile, warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -17,7 +17,6 @@ from fastcore.foundation import L
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 from ..core import DataError, ExportError, MissingExtraError, as_list, require, resolve_device
-from ..data import augment, block as data_block, frame as data_frame, label
 from ..data.augment import apply_batch_tfms
 from ..data.frame import FrameDraw
 from ..data.loader import Samples, apply_item_tfms, for_split, input_loader, read_error
@@ -83,7 +82,7 @@ class Predictor:
     def decode(self, act):
         "What `predict` returns, from the activated prediction of one item"
         label = self.target.decode(act)
-        return (label, act.argmax(-1), act) if self.vocab is not None else (label, act, act)
+        return label, self.target.decide(act), act
 
     def loader(self, items, bs=64, num_workers=None):
         "A loader of inputs only, in the order of `items`"
@@ -135,7 +134,7 @@ class Predictions(Sequence):
         "A pandas table: item, prediction, and the probability of each class"
         import pandas as pd
         table = pd.DataFrame(dict(item=[str(o) for o in self.items], prediction=self.labels))
-        if self.predictor.vocab is None: return table
+        if not hasattr(self.predictor.target, 'labels'): return table
         table['probability'] = self.probs.max(-1).values.numpy() if len(self) else []
         for k, name in enumerate(self.predictor.vocab): table[f'p({name})'] = self.probs[:, k].numpy() if len(self) else []
         return table
@@ -148,10 +147,13 @@ def is_plain(o):
     if isinstance(o, dict): return all(is_plain(k) and is_plain(v) for k, v in o.items())
     return all(map(is_plain, o)) if type(o) in (list, tuple) else type(o) in _PLAIN or isinstance(o, torch.Tensor)
 
+_PARTS = 'block label place bands sound frame augment policy sound_mask'.split()    # the modules of `blocks.data` whose classes a file may name
+
 def _known(kind):
     "The class of this library that goes by the name `kind`, or None"
-    cls = next((getattr(m, kind) for m in (data_block, label, data_frame, augment) if hasattr(m, kind)), None)
-    return cls if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__.startswith('blocks.data.') else None
+    for module in (importlib.import_module(f'blocks.data.{name}') for name in _PARTS):
+        cls = getattr(module, kind, None)
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__: return cls
 
 def to_spec(o):
     "`o` (a block, a transform) as plain values; what is not of this library or torchvision is described by its name as custom"

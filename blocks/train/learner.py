@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ..core import DataError, TrainingError, as_list
 from ..data.label import CategoryBlock
-from ..data.loader import show_samples
+from ..data.loader import grid, show_samples
 from ..infer.predictor import Predictor, export_predictor, write_whole
 from ..model.head import param_groups
 from .callback import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
@@ -218,6 +218,17 @@ class _Recipes:
         self.unfreeze()
         self.fit_one_cycle(epochs, slice(base_lr/lr_mult, base_lr), pct_start=pct_start, div=div, **kw)
 
+    def fit_progressive(self,
+        stages,      # [(size, epochs), …]: sizes are ints or (height, width), usually from small to large
+        lr_max=None, # as in `fit_one_cycle`, for every stage
+        **kw,        # further arguments of `fit_one_cycle`
+    ):
+        "Train at one size after another, each for some epochs of one cycle; the learner keeps the loaders of the last size. Small pictures teach the rough things in a fraction of the time"
+        if not len(stages) or any(not isinstance(o, (tuple, list)) or len(o) != 2 for o in stages): raise TrainingError(f"fit_progressive: expected a list of (size, epochs), such as [(128, 3), (224, 2)], and got {stages!r}")
+        for size, epochs in stages:
+            self.dls = self.dls.new(size=size)
+            self.fit_one_cycle(epochs, lr_max, **kw)
+
     def freeze_to(self, n):
         "Only layer groups from number `n` on learn (negative: counted from the end)"
         groups = self.splitter(self.model)
@@ -239,15 +250,19 @@ _PLACE = ('training', 'n_epoch', 'epoch', 'iter', 'n_iter', 'batch', 'xb', 'yb',
 
 class _Evaluation:
     "Measuring, predicting, looking"
-    def _loader(self, ds_idx, dl):
-        if dl is None and ds_idx not in (0, 1): raise DataError(f"ds_idx={ds_idx!r}: expected 0 (the training items) or 1 (validation), or give a loader: dl=")
-        return dl if dl is not None else self.dls.valid if ds_idx == 1 else self.dls.train.in_order()
+    def _loader(self, ds_idx, dl, split=None):
+        "The loader that is meant: `dl` itself, a split by its name, or by its number"
+        if dl is not None: return dl
+        if split is None and ds_idx not in (0, 1): raise DataError(f"ds_idx={ds_idx!r}: expected 0 (the training items) or 1 (validation), or give split='test', or a loader: dl=")
+        name, there = split or ('train', 'valid')[ds_idx], getattr(self.dls, 'parts', None) or dict(train=self.dls.train, valid=self.dls.valid)
+        if name not in there: raise DataError(f"there is no split {name!r}, only {', '.join(map(repr, there))}" + ("; a test split comes from the splitter, or from ImageDataLoaders.from_folder(test='test')" if name == 'test' else ''))
+        return there[name].in_order() if name == 'train' else there[name]
 
-    def validate(self, ds_idx=1, dl=None, cbs=None):
-        "[loss, *metrics] over all of a loader (1: validation, 0: the training items without augmentation)"
+    def validate(self, ds_idx=1, dl=None, cbs=None, split=None):
+        "[loss, *metrics] over all of a loader: 1 or split='valid', 0 or split='train' (the training items without augmentation), split='test'"
         with self._aside():
             self.n_epoch, self.epoch = 0, 0
-            with self.added_cbs(cbs), self._bar_alone(): self._validate(self._loader(ds_idx, dl))
+            with self.added_cbs(cbs), self._bar_alone(): self._validate(self._loader(ds_idx, dl, split))
             if self.recorder.valid_loss is None: raise DataError('validate: the loader gives no batch, or no targets to compare with')
             return self.recorder.validation()
 
@@ -263,9 +278,9 @@ class _Evaluation:
             vars(self).update(place)
             if self._in_fit: vars(self.recorder).update(kept)
 
-    def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None):
+    def get_preds(self, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, split=None):
         "(inputs,) probabilities, targets (, decoded) (, losses) of a whole loader, in its order; targets are None where it has none"
-        with self._aside(): return self._get_preds(self._loader(ds_idx, dl), with_input, with_decoded, with_loss, act)
+        with self._aside(): return self._get_preds(self._loader(ds_idx, dl, split), with_input, with_decoded, with_loss, act)
 
     def _get_preds(self, dl, with_input, with_decoded, with_loss, act):
         self.model.eval()
@@ -281,7 +296,7 @@ class _Evaluation:
         inputs, preds, rest = cols[:n_inp] if with_input else [], cols[n_inp if with_input else 0], cols[(n_inp if with_input else 0)+1:]
         loss = [rest.pop() if rest else None] if with_loss else []
         targets = rest[0] if len(rest) == 1 else tuple(rest) or None
-        decoded = [preds.argmax(-1) if self.dls.vocab is not None else preds] if with_decoded else []
+        decoded = [self.dls.targets[0].decide(preds)] if with_decoded else []
         return (*([inputs[0] if n_inp == 1 else tuple(inputs)] if with_input else []), preds, targets, *decoded, *loss)
 
     def losses(self, pred, *targets):
@@ -323,15 +338,27 @@ class _Evaluation:
         "`Predictions` for many items, in their order"
         with self._aside(): return self.predictor.predict_batch(items, bs or self.dls.valid.bs, num_workers)
 
-    def show_results(self, ds_idx=1, dl=None, max_n=9, nrows=None, ncols=None, figsize=None):
-        "Draw items with what they are and, below, what the model says; wrong answers in red"
-        batch = next(iter(self._loader(ds_idx, dl)))
-        act = self.predictor.activated(batch[:self._n_inp]).cpu()
-        target = self.dls.targets[0]
-        if len(batch) == self._n_inp: raise DataError('show_results: the loader has no targets to compare with; predict_batch gives predictions alone')
-        say = [(str(target.decode(y)), str(target.decode(a))) for y, a in zip(batch[self._n_inp], act)]
-        axs = show_samples(self.dls.blocks, self._n_inp, batch, max_n, nrows, ncols, figsize, titles=['\n'.join(o) for o in say])
-        for ax, (y, p) in zip(axs[::self._n_inp], say): ax.title.set_color('black' if y == p else 'red')
+    def show_results(self, ds_idx=1, dl=None, max_n=9, nrows=None, ncols=None, figsize=None, split=None):
+        "Draw items with what they are and what the model says. Labels and numbers: one above the other, wrong labels in red; places in the picture: side by side"
+        dl = self._loader(ds_idx, dl, split)
+        batch, target, n = next(iter(dl)), self.dls.targets[0], self._n_inp
+        if len(batch) == n: raise DataError('show_results: the loader has no targets to compare with; predict_batch gives predictions alone')
+        inputs, y, act = batch[:n], batch[n], self.predictor.activated(batch[:n]).cpu()
+        if target.kind is not None: return self._show_beside(inputs, y, act, max_n, nrows, ncols, figsize)
+        say = [(str(target.decode(a)), str(target.decode(b))) for a, b in zip(y, act)]
+        axs = show_samples(self.dls.blocks, n, batch, max_n, nrows, ncols, figsize, titles=['\n'.join(o) for o in say])
+        if not hasattr(target, 'labels'): return                          # numbers are never quite the same
+        for ax, (a, b) in zip(axs[::n], say): ax.title.set_color('black' if a == b else 'red')
+
+    def _show_beside(self, inputs, y, act, max_n, nrows, ncols, figsize):
+        "Two pictures for each item: the target on the left, the prediction on the right"
+        target, k = self.dls.targets[0], min(max_n, len(y))
+        axs = grid(2*k, nrows, ncols or (2 if nrows is None and k < 4 else None if nrows else 4), figsize)
+        for i in range(k):
+            for ax, value, name in zip(axs[2*i:2*i+2], (y[i], act[i]), ('target', 'prediction')):
+                self.dls.blocks[0].show(inputs[0][i], ax)
+                target.show(target.decode(value), ax)
+                ax.set_title(name)
 
 # %% ../../nbs/train/36_learner.ipynb #ec5d655c
 class _Saving:

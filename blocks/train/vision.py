@@ -8,6 +8,7 @@ __all__ = ['vision_learner', 'cnn_learner']
 # %% ../../nbs/train/37_vision.ipynb #e46d7c71
 from ..core import DataError
 from ..data.block import ImageBlock
+from ..data.place import BBoxBlock, MaskBlock
 from ..model.head import create_vision_model
 from .learner import Learner
 
@@ -23,7 +24,7 @@ def cnn_learner(
     ps=.5,                 # dropout before the last layer of the head, half of it before the first
     lin_ftrs=None,         # widths of the head's hidden layers; None: [512]
     n_out=None,            # number of outputs; None: what the target needs
-    y_range=None,          # (low, high): bring outputs into this range
+    y_range=None,          # (low, high): bring outputs into this range; None: that of the target's `RegressionBlock`
     n_in=None,             # number of input channels; None: those of the image block
     normalize=True,        # the model normalises its input by the statistics of its weights
     concat_pool=True, first_bn=True, bn_final=False, lin_first=False,          # as in `create_head`
@@ -33,7 +34,10 @@ def cnn_learner(
     "A `Learner` with a new head on the body of `arch`, frozen when pretrained. Raises `WeightsError` that says where to put weights that cannot be had"
     image = dls.blocks[0]
     if not isinstance(image, ImageBlock): raise DataError(f"cnn_learner needs images as first input, got {type(image).__name__}")
+    if dls.n_inp > 1: raise DataError(f"cnn_learner's model takes one image, and here are {dls.n_inp} inputs: give Learner a model of your own, called as model(*inputs)")
+    if any(isinstance(b, (MaskBlock, BBoxBlock)) for b in dls.targets): raise DataError("cnn_learner's model gives numbers for a whole picture, not for its pixels or boxes: give Learner a model of your own")
     n_in, n_out = n_in or image.channels, n_out or _outputs(dls)
+    if y_range is None and dls.targets: y_range = getattr(dls.targets[0], 'y_range', None)
     model = create_vision_model(arch, n_out, pretrained=pretrained, weights=weights, cut=cut, custom_head=custom_head, ps=ps, lin_ftrs=lin_ftrs, concat_pool=concat_pool,
                                 first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range, n_in=n_in, normalize=normalize and image.mean is None)
     if opt_func is not None: kwargs['opt_func'] = opt_func
