@@ -149,8 +149,9 @@ def test_what_is_read_lies_inside_whatever_the_frame(lo, length, n, full, mode):
 @settings(deadline=None)
 @given(st.floats(-50, 50), st.floats(1, 100), st.integers(1, 40), st.integers(1, 50), PADS)
 def test_a_mirrored_picture_is_read_and_padded_mirrored(lo, length, n, full, mode):
+    if full*n < 2*length: return                                               # a picture of about one pixel may be on either side of a line
     (l, _, r, _), (_, k), _, cols = Frame((lo, 0, lo+length, 3), (3, n), mode).inside(full, 3)
     (l2, _, r2, _), (_, k2), _, cols2 = Frame((full-lo-length, 0, full-lo, 3), (3, n), mode).inside(full, 3)
-    if k != k2 or (cols is None) != (cols2 is None): return                    # a rounding of the sums on the way
+    if k != k2 or (cols is None) != (cols2 is None): return                    # half a pixel, rounded after other sums
     assert abs(l2 - (full-r)) < 1e-6 and abs(r2 - (full-l)) < 1e-6
     if cols is not None: assert (np.where(cols2 < 0, -1, k-1-cols2)[::-1] == cols).all()

@@ -415,3 +415,64 @@ def test_saving_best_then_loading_elsewhere(make, tiny):
     learn = make(metrics=accuracy)
     learn.fit(2, 1e-2, cbs=SaveModelCallback(monitor='accuracy', fname='best'))
     assert equal(weights(learn), weights(make(tiny(seed=5)).load('best')))
+
+# --- one size after another
+def test_progressive_sizes_are_those_that_training_sees_and_the_last_one_stays(two_class, tiny):
+    dls = DataBlock(get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.25, seed=1), item_tfms=Resize(24)).dataloaders(two_class, bs=12, num_workers=0, device='cpu')
+    class Sizes(Callback):
+        seen = []
+        def before_batch(self):
+            if self.learn.training: self.seen.append(self.learn.xb[0].shape[-1])
+    learn = Learner(dls, tiny(), cbs=Sizes())
+    with learn.no_bar(): learn.fit_progressive([(8, 2), ((16, 16), 1)], 1e-2)
+    assert Sizes.seen == [8]*6 + [16]*3 and learn.dls.one_batch()[0].shape[-1] == 16 and dls.one_batch()[0].shape[-1] == 24
+    assert learn.predictor.geometries[-1].size == (16, 16)
+
+def test_progressive_stages_are_pairs(dls, tiny):
+    for wrong in ([], [128, 3], [(8, 1, 2)]):
+        with pytest.raises(TrainingError, match='size, epochs'): Learner(dls, tiny()).fit_progressive(wrong)
+
+# --- results of every kind of target
+@pytest.fixture
+def every(two_class):
+    "A function that makes loaders for a target"
+    def make(target, get_y): return DataBlock(blocks=(ImageBlock, target), get_items=get_image_files, get_y=get_y, splitter=RandomSplitter(.25, seed=1),
+                                              item_tfms=Resize(16, method='squish')).dataloaders(two_class, bs=8, num_workers=0, device='cpu')
+    return make
+
+def test_show_results_puts_places_side_by_side(every, tiny):
+    import matplotlib.pyplot as plt
+    from blocks import MaskBlock, PointBlock
+    for target, y, model in ((MaskBlock(codes=['a', 'b']), lambda p: np.eye(32, 40, dtype=np.uint8), nn.Conv2d(3, 2, 1)), (PointBlock, lambda p: [[1., 2.], [30., 20.]], tiny(4))):
+        plt.close('all')
+        learn = Learner(every(target, y), model)
+        with learn.no_bar(): learn.fit(1, 1e-3); learn.show_results(max_n=3)
+        axes = [a for a in plt.gcf().axes if a.images]
+        assert [a.get_title() for a in axes] == ['target', 'prediction']*3
+
+def test_show_results_of_several_labels_and_numbers(every, tiny):
+    import matplotlib.pyplot as plt
+    from blocks import MultiCategoryBlock, RegressionBlock
+    for target, y, n in ((MultiCategoryBlock, lambda p: ['animal', p.parent.name], 3), (RegressionBlock, lambda p: float(p.stem.split('_')[1]), 1)):
+        plt.close('all')
+        learn = Learner(every(target, y), tiny(n))
+        learn.show_results(max_n=4)
+        assert len([a for a in plt.gcf().axes if '\n' in a.get_title()]) == 4
+
+def test_decoded_predictions_have_the_form_of_the_targets(every, tiny):
+    from blocks import MultiCategoryBlock
+    learn = Learner(every(MultiCategoryBlock, lambda p: ['animal', p.parent.name]), tiny(3))
+    with learn.no_bar(): p, y, decoded = learn.get_preds(with_decoded=True)
+    assert decoded.shape == y.shape == p.shape and decoded.dtype == torch.bool and torch.equal(decoded, p > .5)
+
+def test_predictions_of_every_kind_survive_export(every, tiny, tmp_path):
+    from blocks import MaskBlock, MultiCategoryBlock, PointBlock, RegressionBlock, load_learner
+    kinds = ((MultiCategoryBlock, lambda p: ['animal', p.parent.name], tiny(3)), (RegressionBlock, lambda p: 1., tiny(1)), (PointBlock, lambda p: [[1., 2.], [3., 4.]], tiny(4)),
+             (MaskBlock(codes=['a', 'b']), lambda p: np.zeros((32, 40), np.uint8), nn.Conv2d(3, 2, 1)))
+    for target, y, model in kinds:
+        learn = Learner(every(target, y), model)
+        file = learn.dls.valid_ds.fields[0][0]
+        want, back = learn.predict(file), load_learner(learn.export(tmp_path/'e.pkl'), model=model)
+        got = back.predict(file)
+        assert torch.equal(want[2], got[2]) and type(back.target) is type(learn.dls.targets[0]) and back.target == learn.dls.targets[0]
+        assert np.array_equal(want[0], got[0]) and len(back.predict_batch([file]*3).labels) == 3

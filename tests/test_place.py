@@ -61,13 +61,13 @@ def touches(image):
     return bool(on[..., [0, -1], :].any() or on[..., [0, -1]].any())
 
 def batches(raws, geometry, item_tfm, tfms, seed, train=True, n=3):
-    "The fields of a batch, and for each item whether its disc may have been cut before the batch"
+    "The fields of a batch, and for each item whether its disc may have been cut before the batch: by the picture itself, by the frame, by the item transform"
     samples, cut = [], []
     for i in range(n):
         draw = FrameDraw(geometry, (lambda i=i: stream(seed, 'frame', i)) if train else None)
         sample = tuple(b.read(o, draw) for b, o in zip(BLOCKS, raws))
         with seeded(stream(seed, 'item')): samples.append(item_tfm(*sample) if item_tfm else sample)     # the same for all, so that all have one size
-        cut.append(touches(sample[0]) or touches(samples[-1][0]))
+        cut.append(any(map(touches, (torch.from_numpy(raws[0]), sample[0], samples[-1][0]))))
     batch = tuple(b.collate(list(o)) for b, o in zip(BLOCKS, zip(*samples)))
     assert [type(o) for o in batch] == [b.kind for b in BLOCKS]
     batch = apply_batch_tfms(tfms, batch, stream(seed, 'batch'), train)

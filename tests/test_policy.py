@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from blocks.core import DataError, stream
 from blocks.data.augment import Flip, GeometricTfm, Rotate, apply_batch_tfms, check_batch_tfms
+from blocks.data.place import Points
 from blocks.data.policy import _CHANGES, _MOVES, _OPS, _SIGNED, RandAugment, TrivialAugmentWide, _Changed, _Moved
 
 POLICIES = [TrivialAugmentWide(), RandAugment(), RandAugment(3, 30), RandAugment(0), TrivialAugmentWide(batch=True), RandAugment(batch=True)]
@@ -142,6 +143,27 @@ def test_a_bright_dot_is_found_where_the_matrix_says(policy):
         assert abs(float((xs*o).sum()/o.sum()) - u) < .3 and abs(float((ys*o).sum()/o.sum()) - v) < .3
         found += 1
     assert found > 40
+
+@pytest.mark.parametrize('policy', [TrivialAugmentWide(pad_mode='zeros'), RandAugment(2, 20, pad_mode='zeros')], ids=['trivial', 'rand'])
+def test_masks_and_points_follow(policy):
+    n, h, w = 128, 60, 90
+    y, x = (torch.arange(h)+.5)[:, None], torch.arange(w)+.5
+    disc = (((x-55)**2 + (y-25)**2) < 64).repeat(n, 1, 1)
+    fields = tv_tensors.Image(disc[:, None].float()), tv_tensors.Mask(disc.to(torch.uint8)), torch.tensor([2*55/w-1, 2*25/h-1]).repeat(n, 1, 1).as_subclass(Points)
+    image, mask, points = apply_batch_tfms([policy.expand(stream(2, 'batch'), n)[0]], fields, stream(0))
+    image, mask, points = image.as_subclass(torch.Tensor)[:, 0], mask.as_subclass(torch.Tensor), points.as_subclass(torch.Tensor)[:, 0]
+    assert mask.dtype == torch.uint8 and ((image > .5) != (mask > 0)).flatten(1).sum(1).max() <= 10      # at the rim, of about 200; a shift by one pixel would be 30
+    moved = 0
+    for m, (u, v) in zip(mask, (points+1)*torch.tensor([w/2, h/2])):
+        if not (12 < u < w-12 and 12 < v < h-12): continue
+        assert abs((m*x).sum()/m.sum() - u) < .5 and abs((m*y).sum()/m.sum() - v) < .5
+        moved += bool(abs(u-55) + abs(v-25) > 3)
+    assert moved > 15
+
+def test_whole_pixels_are_whole_at_any_width():
+    "150/331 of 331 pixels, at 11/30 of the scale, is 55 and not 54.999…"
+    moved = forced(RandAugment(), 'TranslateX', 11/30)[0]
+    assert np.isclose(moved.matrices(None, 1, 10, 331)[0, 0, 2], -2*55/331)
 
 def test_geometry_is_one_resample_with_the_rest():
     x = smooth(n=40, h=48, w=48)

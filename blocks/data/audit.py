@@ -73,7 +73,7 @@ def _look(raw):
         if _ends_in_grey(im): return _Look('truncated', 'the lower part is filled with plain grey: the JPEG data end too early', size)
         grey, mean = np.rint(rgb @ np.float32([.299, .587, .114])).astype(np.uint8), _means(rgb, 8)
         colour = mean[..., ::2] - mean[..., 1:2]
-        return _Look('', '', size, _digest(im, size), grey, colour, _nothing_to_see(grey, colour))
+        return _Look('', '', size, _digest(im, size, rgb), grey, colour, _nothing_to_see(grey, colour))
     except Exception as e: return _Look('truncated' if any(o in str(e) for o in ('truncated', 'Truncated', 'not processed')) else 'unreadable', _reason(raw, e))
     finally:
         if im is not raw and not hasattr(raw, 'read'): im.close()
@@ -82,10 +82,9 @@ def _reason(raw, e):
     if isinstance(raw, (str, os.PathLike)) and os.path.isfile(raw) and not os.path.getsize(raw): return 'the file is empty'
     return ' '.join((str(e) if isinstance(e, BlocksError) else f'{type(e).__name__}: {e}').replace(repr(str(raw)), 'it').split())[:200]
 
-def _digest(im, size):
-    "A hash of the pixels as they were decoded, and of what decides how they are seen"
-    seen = repr((im.mode, im.size, size, im.getpalette(), im.info.get('transparency')))
-    return hashlib.blake2b(seen.encode() + im.tobytes(), digest_size=16).digest()
+def _digest(im, size, rgb):
+    "A hash of the pixels as they were decoded, and of what they look like: a turned picture has the same pixels, too"
+    return hashlib.blake2b(repr((im.mode, size)).encode() + rgb.tobytes() + im.tobytes(), digest_size=16).digest()
 
 def _ends_in_grey(im):
     "Is a JPEG's lower right corner exactly the grey of missing data, while its upper left one is not?"
@@ -257,13 +256,13 @@ class Audit:
         "Lists of table rows, one for each row of pictures; every picture once, under its worst problem"
         names = list(PROBLEMS) if problem is None else [problem] if isinstance(problem, str) else list(problem)
         if unknown := [n for n in names if n not in PROBLEMS]: raise DataError(f"there is no problem {unknown[0]!r}; the problems are: {', '.join(PROBLEMS)}")
-        table = self.table[self.table['index'].notna()]
+        table = self.table[self.table['index'].notna()].fillna({'group': -1})
         rows, seen, left = [], set(), max_n
         for name in names:
             some = [(i, o) for i, o in table[table['problem'] == name].iterrows() if o['index'] not in seen]
             seen |= {o['index'] for _, o in some}
             grouped = {}
-            for i, o in some: grouped.setdefault(o['group'] if o['group'] is not None and o['group'] == o['group'] else -1, []).append((i, o))
+            for i, o in some: grouped.setdefault(o['group'], []).append((i, o))
             for members in grouped.values():
                 for k in range(0, len(members), ncols):
                     if left > 0: rows.append(members[k:k+ncols][:left]); left -= len(rows[-1])

@@ -45,7 +45,7 @@ def split_batch_tfms(tfms, samples):
 
 def _normalized(block, norm):
     if not isinstance(block, ImageBlock): return block
-    if len(norm.mean) != block.channels: raise DataError(f"Normalize has statistics for {len(norm.mean)} channels, ImageBlock(mode={block.mode!r}) has {block.channels}")
+    if len(norm.mean) != block.channels: raise DataError(f"Normalize has statistics for {len(norm.mean)} channels, and the {type(block).__name__} ({block.mode}) has {block.channels}")
     return replace(block, mean=tuple(norm.mean), std=tuple(norm.std))
 
 def _resized(samples, batch_tfms, size):

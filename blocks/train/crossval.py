@@ -70,8 +70,9 @@ def cross_validate(
             if hasattr(e, 'add_note'): e.add_note(f'In cross_validate: fold {fold} of {n_folds}; the folds before it scored {rows}')
             raise
         if not hasattr(learn, 'get_preds'): raise DataError(f"cross_validate: train= returns the trained Learner, and returned {learn!r}")
-        rows.append(learn.validate())
-        parts.append((np.asarray(dls.splits[1]), *learn.get_preds(), list(dls.valid_ds.fields[0])))
+        with learn.no_bar():
+            rows.append(learn.validate())
+            parts.append((np.asarray(dls.splits[1]), *learn.get_preds(), list(dls.valid_ds.fields[0])))
     idx, order = np.concatenate([o[0] for o in parts]), np.argsort(np.concatenate([o[0] for o in parts]))
     items = [item for o in parts for item in o[3]]
     return CrossValidation(learn.recorder.metric_names[2:-1], np.array(rows, dtype=np.float64), idx[order], torch.cat([o[1] for o in parts])[order], torch.cat([o[2] for o in parts])[order],
