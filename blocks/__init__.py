@@ -21,7 +21,7 @@ _NAMES = {
     'data.policy': 'RandAugment TrivialAugmentWide',
     'data.sound_mask': 'FrequencyMask TimeMask',
     'data.loader': 'Loader Samples WeightedSampler',
-    'data.audit': 'Audit audit_images find_label_errors',
+    'data.audit': 'Audit audit_images find_label_errors label_errors',
     'data.dataloaders': 'DataLoaders',
     'data.datablock': 'DataBlock Datasets',
     'data.factory': 'ImageDataLoaders SegmentationDataLoaders',

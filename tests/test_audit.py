@@ -1,6 +1,7 @@
 "The audit: what it must find, and what it must leave alone."
 import io
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ def noise(rng, h, w, beta, c=3):
     z = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((h, w)))/f**(beta/2), (h, w)) for _ in range(c)]
     return np.stack([(o-o.mean())/o.std() for o in z], -1)
 
+@lru_cache(64)
 def photo(i, seed=0):
     "A photograph-like picture: texture, sky, or sky over ground; of several sizes, landscape and portrait"
     rng = stream(seed, 'photo', i)
@@ -113,10 +115,10 @@ def test_2624_different_cells_are_different():
 def jpg(): return encoded(photo(0), quality=90)
 
 @pytest.mark.parametrize('kind,kw', [('JPEG', {}), ('JPEG', dict(progressive=True)), ('PNG', {}), ('WEBP', {}), ('BMP', {}), ('GIF', {})])
-@pytest.mark.parametrize('part', [.3, .7, .97])
-def test_cut_files_of_every_kind(kind, kw, part):
-    data = encoded(photo(3).resize((640, 480)), kind, **kw)
-    assert A._look(data[:int(len(data)*part)]).problem in ('truncated', 'unreadable') and not A._look(data).problem
+def test_cut_files_of_every_kind(kind, kw):
+    data = encoded(photo(3), kind, **kw)
+    assert not A._look(data).problem
+    for part in (.3, .7, .97): assert A._look(data[:int(len(data)*part)]).problem in ('truncated', 'unreadable'), part
 
 def test_a_large_jpeg_that_is_decoded_small_is_still_read_to_the_end():
     data = encoded(photo(3).resize((2400, 1800)), quality=85)
@@ -264,7 +266,8 @@ def test_pictures(found, tmp_path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     shown = found._rows_to_show(None, 24, 6)
-    assert [[o['index'] for _, o in row] for row in shown] == [[2], [0, 1], [3]]                        # each once, under its worst problem; a group in a row
+    assert [[o['index'] for o in row] for row in shown] == [[2, 0, 1, 3]]                               # each once, under its worst problem
+    assert [[o['index'] for o in row] for row in found._rows_to_show(None, 24, 2)] == [[2], [0, 1], [3]]                              # a group is not torn
     assert sum(map(len, found._rows_to_show(None, 2, 6))) == 2
     found.show('leak'); assert len(plt.gcf().axes[0].images) == 1; plt.close('all')
     assert found.save(tmp_path/'a.png') and Image.open(tmp_path/'a.png').width > 500 and not plt.get_fignums()

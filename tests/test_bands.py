@@ -170,7 +170,7 @@ def test_fields_are_plain_and_survive():
     assert BandsBlock(**values) == block == pickle.loads(pickle.dumps(block))
 
 # --- geometry
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.integers(-15, 28), st.integers(-15, 18), st.integers(2, 50), st.integers(2, 50), st.integers(1, 40), st.integers(1, 40), st.sampled_from(PAD_MODES), st.sampled_from(['u1', 'u2', 'f4']))
 def test_bands_are_seen_through_a_frame_as_images_are(l, t, w, h, ow, oh, mode, dtype):
     frame = lambda width, height: Frame((l, t, l+w, t+h), (oh, ow), mode)

@@ -106,12 +106,12 @@ def test_a_disc_is_found_again_after_every_item_transform(tfm):
 SOME = dict(cx=st.floats(5, W-5), cy=st.floats(5, H-5), geometry=st.sampled_from(GEOMETRIES), item_tfm=st.sampled_from(ITEM_TFMS), tfms=st.sampled_from(BATCH_TFMS), seed=st.integers(0, 2**31), train=st.booleans())
 def together(cx, cy, geometry, item_tfm, tfms, seed, train): check(*batches(disc(cx, cy), geometry, item_tfm, tfms, seed, train, n=2))
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(**SOME)
 def test_all_of_them_together(**some): together(**some)
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(**SOME)
 def test_all_of_them_together_often(**some): together(**some)
 
@@ -126,6 +126,20 @@ def test_one_pixel_is_followed_exactly_by_flips():
                 if not len(spot): continue                                          # a quarter turn of a picture that is not square cuts off its ends
                 at = (spot[0].flip(0) + .5)/torch.tensor([4.5, 3.5]) - 1
                 assert mask[tuple(spot[0])] == 1 and torch.allclose(q, at, atol=1e-5) and torch.allclose((box[0, :2]+box[0, 2:4])/2, at, atol=1e-5)
+
+def test_elastic_bending_moves_points_with_their_pixels_and_leaves_unknown_ones_unknown():
+    y, x = np.mgrid[:H, :W] + .5
+    spots = [(40.5, 30.5), (100., 80.), (130.25, 40.75)]
+    a = sum((np.hypot(x-u, y-v) < 5)*np.uint8(50*(i+1)) for i, (u, v) in enumerate(spots))
+    draw = FrameDraw([])
+    sample = IMAGE.read(a, draw), PointBlock(5).read([*spots, None, (W+20, -9)], draw)
+    with seeded(stream(0)): image, points = v2.ElasticTransform(60., 8.)(*sample)
+    moved = plain(points) - plain(sample[1])
+    assert moved[3].isnan().all() and moved[4].isfinite().all() and moved[:3].abs().max() > 1
+    for i, p in enumerate(plain(points)[:3]):
+        ys, xs = torch.nonzero((plain(image)[0].float() - 50*(i+1)).abs() < 20, as_tuple=True)
+        near = (xs + .5 - p[0]).hypot(ys + .5 - p[1]) < 12                          # the rim of a brighter disc has this grey too
+        assert max(abs(xs[near].float().mean() + .5 - p[0]), abs(ys[near].float().mean() + .5 - p[1])) < .7
 
 # ---- places in batches -----------------------------------------------------------------------------------------
 class Fixed(GeometricTfm):
@@ -144,7 +158,7 @@ def test_a_point_that_leaves_keeps_its_place_and_one_unknown_stays_unknown():
     out = move(p, ZOOM_IN)
     assert type(out) is Points and torch.allclose(plain(out)[0, :2], torch.tensor([[.5, -1.], [1.8, .2]])) and plain(out)[0, 2].isnan().all()
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.floats(-5, 5), st.floats(-5, 5), st.floats(-.8, .8), st.floats(-.19, .19))
 def test_nothing_is_infinite_beyond_the_horizon(x, y, a, b):
     m = [[1-b*b, -a*b, a], [-a*b, 1-a*a, b], [a, b, 1]]
@@ -196,7 +210,7 @@ def test_the_device_is_never_waited_for():
     assert [tuple(o.shape) for o in out] == [(4, 3, 24, 24), (4, 24, 24), (4, 2, 2), (4, 3, 5)]
 
 # ---- masks -----------------------------------------------------------------------------------------------------
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(-30, 45), st.integers(-30, 45), st.integers(1, 50), st.integers(1, 50), st.sampled_from(['zeros', 'border', 'reflection']), st.integers(0, 9))
 def test_a_mask_is_its_image_to_the_pixel_where_nothing_is_resized(w, h, left, top, fw, fh, pad, seed):
     a = np.random.default_rng(seed).integers(1, 256, (h, w), dtype=np.uint8)
@@ -297,7 +311,7 @@ def test_decode_turns_every_form_of_a_mask_into_numbers():
         assert type(got) is np.ndarray and got.dtype == np.int64 and (got == want[0].numpy()).all()
 
 # ---- points ----------------------------------------------------------------------------------------------------
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.floats(-20, 120), st.floats(-20, 90)), min_size=1, max_size=5), st.floats(-10, 50), st.floats(-10, 40), st.floats(1, 80), st.floats(1, 70))
 def test_points_through_a_frame_are_arithmetic(points, left, top, w, h):
     draw = framed(Frame((left, top, left+w, top+h), (33, 44))); draw(100, 70)
@@ -359,7 +373,7 @@ def test_boxes_without_labels_are_of_one_class(raw):
 def test_bad_boxes_are_named(raw, word):
     with pytest.raises(DataError, match=word): BBoxBlock(['x']).verify(raw)
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.floats(-50, 150), st.floats(-50, 110), st.floats(.1, 90), st.floats(.1, 90)), max_size=6), st.floats(-10, 50), st.floats(-10, 40), st.floats(5, 80), st.floats(5, 70))
 def test_boxes_through_a_frame_are_cut_and_dropped_with_their_labels(found, left, top, w, h):
     boxes = [(x, y, x+bw, y+bh) for x, y, bw, bh in found]
@@ -394,12 +408,19 @@ def test_the_vocabulary_is_learned_from_the_labels():
     assert BBoxBlock(add_na=True).fit(raws).vocab == ('#na#', 'cat', 'dog') and BBoxBlock(['z']).fit(raws).vocab == ('z',)
     assert BBoxBlock().fit([([A], torch.tensor([3]))]).vocab == (3,)
     with pytest.raises(DataError, match='no training picture has a box'): BBoxBlock().fit([[], ([], [])])
+    assert BBoxBlock().fit([[]]).vocab == ()                                         # so a picture without boxes is not blamed for the others
 
 def test_the_pair_of_fastai_is_one_block():
     raws = [([A], ['dog']), ([B], ['cat'])]
     assert merge_boxes(BBoxBlock(), BBoxLblBlock()).fit(raws).vocab == ('#na#', 'cat', 'dog') and merge_boxes(BBoxBlock(), BBoxLblBlock(add_na=False)).fit(raws).vocab == ('cat', 'dog')
     assert merge_boxes(BBoxBlock(), BBoxLblBlock(['dog', 'cat'])).vocab == ('#na#', 'dog', 'cat') and merge_boxes(BBoxBlock(['a']), BBoxLblBlock(add_na=False)).vocab == ('a',)
     with pytest.raises(DataError, match='right before'): BBoxLblBlock().read(['a'], None)
+
+def test_a_model_that_gives_no_rows_of_boxes_is_told_the_form():
+    rows = torch.tensor([[[-.5, -.5, .5, 1, 0], [0, 0, 0, 0, -1]]], dtype=torch.float16)
+    assert BBoxBlock(['a']).decode(BBoxBlock(['a']).activate(rows)[0]) == [('a', (-.5, -.5, .5, 1))]
+    for pred, said in ((torch.zeros(3, 4), r'\(3, 4\)'), ([{}], 'a list')):
+        with pytest.raises(TrainingError, match=said + r'.*\(pictures, k, 5\)'): BBoxBlock(['a']).activate(pred)
 
 # ---- saved, shown ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('block', [MaskBlock(['a', 'b'], 255), MaskBlock(), PointBlock(3), BBoxBlock(['a']), BBoxBlock(add_na=True)], ids=repr)

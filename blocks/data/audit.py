@@ -225,7 +225,7 @@ class Audit:
         max_n=24,        # pictures at most
         ncols=6,
     ):
-        "Draw the pictures that were found, with problem, label and split; the pictures of a group side by side"
+        "Draw the pictures that were found, with problem, number of the group, label and split; the pictures of a group side by side"
         rows = self._rows_to_show(problem, max_n, ncols)
         if not rows: return
         import matplotlib.pyplot as plt
@@ -244,29 +244,32 @@ class Audit:
         return bool(rows)
 
     def _draw(self, fig, rows, ncols):
-        fig.set_size_inches(ncols*1.2, len(rows)*1.55)
+        fig.set_size_inches(ncols*1.05, len(rows)*1.45)
         axs = fig.subplots(len(rows), ncols, squeeze=False)
         for ax in axs.flat: ax.axis('off')
         for line, row in zip(axs, rows):
-            for ax, (_, o) in zip(line, row):
+            for ax, o in zip(line, row):
                 self._picture(ax, o['index'])
-                ax.set_title('\n'.join(str(v)[:18] for v in (o['problem'], o['label'], o['split']) if v), fontsize=6)
+                problem = o['problem'] if o['group'] < 0 else f"{o['problem']} {o['group']}"
+                ax.set_title('\n'.join(str(v)[:22] for v in (problem, o['label'], o['split']) if v), fontsize=6)
 
     def _rows_to_show(self, problem, max_n, ncols):
-        "Lists of table rows, one for each row of pictures; every picture once, under its worst problem"
+        "Lists of table rows, one for each row of pictures: every picture once, under its worst problem, and a group in one row where it fits"
         names = list(PROBLEMS) if problem is None else [problem] if isinstance(problem, str) else list(problem)
         if unknown := [n for n in names if n not in PROBLEMS]: raise DataError(f"there is no problem {unknown[0]!r}; the problems are: {', '.join(PROBLEMS)}")
         table = self.table[self.table['index'].notna()].fillna({'group': -1})
-        rows, seen, left = [], set(), max_n
+        rows, seen, left = [[]], set(), max_n
         for name in names:
-            some = [(i, o) for i, o in table[table['problem'] == name].iterrows() if o['index'] not in seen]
-            seen |= {o['index'] for _, o in some}
-            grouped = {}
-            for i, o in some: grouped.setdefault(o['group'], []).append((i, o))
-            for members in grouped.values():
-                for k in range(0, len(members), ncols):
-                    if left > 0: rows.append(members[k:k+ncols][:left]); left -= len(rows[-1])
-        return rows
+            some = [o for _, o in table[table['problem'] == name].iterrows() if o['index'] not in seen]
+            seen |= {o['index'] for o in some}
+            members = {}
+            for o in some: members.setdefault((o['group'], o['index'] if o['group'] < 0 else 0), []).append(o)
+            for group in members.values():
+                for part in (group[k:k+ncols] for k in range(0, len(group), ncols)):
+                    part, left = part[:left], left - len(part[:left])
+                    if len(rows[-1]) + len(part) > ncols: rows.append([])
+                    rows[-1] += part
+        return [r for r in rows if r]
 
     def _picture(self, ax, i):
         raw = self.items[i]

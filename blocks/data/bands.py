@@ -14,7 +14,7 @@ import numpy as np, torch
 from PIL import Image
 from torchvision import tv_tensors
 from ..core import BlocksError, DataError, require
-from .block import ImageBlock, check_pixels, _padded
+from .block import ImageBlock, check_pixels, _padded, _resize
 
 # %% ../../nbs/data/03c_bands.ipynb #a90beda2
 def _load(raw):
@@ -154,7 +154,7 @@ class BandsBlock(ImageBlock):
         box, (h, w), rows, cols = frame(a.shape[1], a.shape[0]).inside(a.shape[1], a.shape[0])
         part, box = _part(a, box, (w, h))
         part = self._floats(part)/np.float32(self.max_value)
-        out = np.stack([_resized(part[..., k], (w, h), box) for k in range(part.shape[-1])], -1)
+        out = np.stack([_resize(Image.fromarray(np.ascontiguousarray(part[..., k])), (w, h), box) for k in range(part.shape[-1])], -1)
         return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(_padded(out, rows, cols).clip(0, 1))).permute(2, 0, 1))
 
     def show(self, value, ax, title=None):
@@ -178,9 +178,3 @@ def _part(a, box, out):
     mx, my = math.ceil(max(1, (r-l)/w))+1, math.ceil(max(1, (b-t)/h))+1
     x, y = max(0, math.floor(l)-mx), max(0, math.floor(t)-my)
     return a[y:min(height, math.ceil(b)+my), x:min(width, math.ceil(r)+mx)], (l-x, t-y, r-x, b-y)
-
-def _resized(band, out, box):
-    "`box` of one band at `out` (width, height), antialiased as images are"
-    l, t, r, b = box
-    if (r-l, b-t) == tuple(out) and l == int(l) and t == int(t): return band[int(t):int(b), int(l):int(r)]
-    return np.asarray(Image.fromarray(np.ascontiguousarray(band)).resize(out, Image.Resampling.BILINEAR, box=box))

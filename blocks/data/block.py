@@ -58,7 +58,7 @@ def open_image(
 ) -> Image.Image:
     "A Pillow image, not yet decoded where it comes from a file; raises what Pillow and the file system raise, and `DataError` for more than `Image.MAX_IMAGE_PIXELS` pixels"
     if isinstance(raw, Image.Image): return raw
-    if isinstance(raw, torch.Tensor): raw = raw.detach().cpu().movedim(0, -1).numpy() if raw.ndim == 3 else raw.detach().cpu().numpy()
+    if isinstance(raw, torch.Tensor): return _from_array(_channels_last(raw.detach().cpu()))
     if isinstance(raw, np.ndarray): return _from_array(raw)
     if isinstance(raw, (bytes, bytearray, memoryview)): return _open(io.BytesIO(raw))
     if hasattr(raw, 'read_bytes') and not isinstance(raw, Path): return _open(io.BytesIO(raw.read_bytes()))      # a member of an archive, a remote file: its path leads nowhere here
@@ -86,16 +86,23 @@ def check_pixels(width, height):
 
 _RAISE = "If you trust the file, raise the limit with PIL.Image.MAX_IMAGE_PIXELS = … (None: no limit), or make the file smaller"
 
+def _channels_last(t):
+    "The numbers of a tensor C×H×W or H×W as an array H×W×C or H×W"
+    if t.ndim == 3 and t.shape[0] > 4: raise DataError(f"a tensor of shape {tuple(t.shape)} is not an image: in tensors the channels come first, 1 to 4 of them (arrays: last); for more channels use BandsBlock")
+    if t.dtype == torch.bfloat16: t = t.float()                              # NumPy does not know it
+    return (t.movedim(0, -1) if t.ndim == 3 else t).numpy()
+
 def _from_array(a):
     "A Pillow image from H×W or H×W×C numbers"
     if a.ndim == 3 and a.shape[-1] == 1: a = a[..., 0]
     if a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[-1] not in (2, 3, 4)) or not a.size:
-        raise DataError(f"an array of shape {a.shape} is not an image: expected height × width, or height × width × 1 to 4 channels (tensors: channels first)")
+        raise DataError(f"an array of shape {a.shape} is not an image: expected height × width, or height × width × 1 to 4 channels (tensors: channels first); for more channels use BandsBlock")
     if a.dtype.kind == 'f':
-        if not (np.isfinite(a).all() and a.min() >= 0 and a.max() <= 1): raise DataError(f"an image of floats must lie in [0, 1], this one spans {a.min():g} to {a.max():g}; give uint8 for 0 to 255")
+        if not np.isfinite(a).all(): raise DataError("an image of floats has values that are not finite (NaN or infinite), and must lie in [0, 1]")
+        if a.min() < 0 or a.max() > 1: raise DataError(f"an image of floats must lie in [0, 1], this one spans {a.min():g} to {a.max():g}; give uint8 for 0 to 255")
         a = np.rint(a*255).astype(np.uint8)
     if a.dtype == bool: a = a.astype(np.uint8)*255
-    if a.dtype not in (np.uint8, np.uint16) or (a.dtype == np.uint16 and a.ndim == 3): raise DataError(f"an image of dtype {a.dtype} and shape {a.shape} is not understood: expected uint8, floats in [0, 1], or uint16 of one channel")
+    if a.dtype not in (np.uint8, np.uint16) or (a.dtype == np.uint16 and a.ndim == 3): raise DataError(f"an image of dtype {a.dtype} and shape {a.shape} is not understood: expected uint8, floats in [0, 1], or uint16 of one channel; for other depths use BandsBlock")
     return Image.fromarray(np.ascontiguousarray(a))
 
 # %% ../../nbs/data/03_block.ipynb #d8987f6b

@@ -169,7 +169,7 @@ class MaskBlock(Block):
 
 # %% ../../nbs/data/03b_place.ipynb #efbddc3b
 class _EdgePoints(tv_tensors.KeyPoints):
-    "Key points measured from the edges of the picture, as all of torchvision's transforms take them but the flips"
+    "Key points measured from the edges of the picture, as all of torchvision's transforms take them but the flips and the elastic one, and of which some may be unknown"
 
 @v2f.register_kernel(v2f.horizontal_flip, _EdgePoints)
 def _flip_x(points): return _mirrored(points, 0, points.canvas_size[1])
@@ -182,6 +182,13 @@ def _mirrored(points, axis, length):
     p = points.as_subclass(torch.Tensor).clone()
     p[..., axis] = length - p[..., axis]
     return tv_tensors.wrap(p, like=points)
+
+@v2f.register_kernel(v2f.elastic, _EdgePoints)
+def _bend(points, displacement, **kw):
+    "Moved by the displacement of the pixel they lie in, or of the nearest where they lie outside; unknown points stay unknown"
+    p, size = points.as_subclass(torch.Tensor), torch.tensor(points.canvas_size[::-1])
+    x, y = p.nan_to_num().long().clamp_min(0).minimum(size-1).unbind(-1)
+    return tv_tensors.wrap(p - displacement[0, y, x]*size/2, like=points)
 
 def _unscaled(batch, canvas):
     "Pixel coordinates (…, 2) on a `canvas` of (height, width) as −1 to 1"
@@ -296,7 +303,7 @@ class BBoxBlock(Block):
     def fit(self, raws):
         if self.vocab is not None: return self
         labels = [o for raw in raws for o in self.labels(raw)]
-        if not labels: raise DataError("no training picture has a box, so there are no classes to learn: give BBoxBlock(vocab=[…])")
+        if not labels and len(raws) > 1: raise DataError("no training picture has a box, so there are no classes to learn: give BBoxBlock(vocab=[…])")     # a single one may well have none
         return replace(self, vocab=self._classes.fit(labels).vocab)
 
     def _parsed(self, raw):
@@ -342,6 +349,11 @@ class BBoxBlock(Block):
     def loss(self, pred, y, reduction='mean'):
         raise TrainingError("boxes are learned by detection models, whose loss belongs to the model: give the learner a loss_func of your own, which gets the model's output and boxes (n, k, 5), class −1 where there is none")
 
+    def activate(self, pred):
+        if not isinstance(pred, torch.Tensor) or pred.ndim != 3 or pred.shape[-1] != 5:
+            raise TrainingError(f"the model gives {f'shape {tuple(pred.shape)}' if isinstance(pred, torch.Tensor) else f'a {type(pred).__name__}'}, and found boxes are (pictures, k, 5): "
+                                "x1, y1, x2, y2 from −1 to 1 and the class number, −1 in rows without a box; bring what the model finds into this form in its forward")
+        return pred.float()
     def decode(self, value):
         "A list of (label, (x1, y1, x2, y2)), from −1 to 1, of the rows (k, 5) that hold a box"
         return [(self.vocab[int(c)], tuple(round(o, 6) for o in box)) for *box, c in torch.as_tensor(value).detach().cpu().as_subclass(torch.Tensor).tolist() if c >= 0]
@@ -353,7 +365,7 @@ class BBoxBlock(Block):
         for name, (x1, y1, x2, y2) in self.decode(value) if isinstance(value, torch.Tensor) else value:
             x, y, colour = l + (x1+1)/2*(r-l), t + (y1+1)/2*(b-t), _colour(self.index(name))
             ax.add_patch(Rectangle((x, y), (x2-x1)/2*(r-l), (y2-y1)/2*(b-t), fill=False, ec=colour, lw=1.5))
-            ax.text(x, y, str(name), color='white', fontsize='x-small', va='top', clip_on=True, bbox=dict(facecolor=colour, edgecolor='none', pad=.8))
+            ax.text(x, y, str(name), color='black' if colour[1] > .7 else 'white', fontsize='x-small', va='top', clip_on=True, bbox=dict(facecolor=colour, edgecolor='none', pad=.8))
         if title is not None: ax.set_title(title)
 
 # %% ../../nbs/data/03b_place.ipynb #9862b023
