@@ -31,11 +31,14 @@ _NAMES = {
     'train.loss': 'BCEWithLogitsLossFlat CrossEntropyLossFlat FocalLossFlat L1LossFlat LabelSmoothingCrossEntropyFlat MSELossFlat',
     'train.metric': 'Metric accuracy accuracy_multi error_rate mae mse rmse top_k_accuracy',
     'train.schedule': 'SchedCos SchedExp SchedLin SchedNo SchedPoly combine_scheds combined_cos',
-    'train.callback': '''Callback EarlyStoppingCallback SaveModelCallback TrackerCallback CancelBackwardException CancelBatchException CancelEpochException CancelFitException
+    'train.callback': '''Callback EarlyStoppingCallback GradientAccumulation GradientClip ReduceLROnPlateau SaveModelCallback ShortEpochCallback TrackerCallback CancelBackwardException CancelBatchException CancelEpochException CancelFitException
         CancelStepException CancelTrainException CancelValidException''',
     'train.recorder': 'ProgressCallback Recorder',
     'train.mix': 'CutMix MixUp',
-    'train.learner': 'Learner ParamScheduler',
+    'train.scheduling': 'ParamScheduler TorchScheduler',
+    'train.lr_find': 'SuggestionMethod minimum slide steep valley',
+    'train.strategy': 'FinetuneStrategy',
+    'train.learner': 'Learner',
     'train.vision': 'cnn_learner vision_learner',
     'train.interpret': 'ClassificationInterpretation',
     'train.crossval': 'cross_validate',

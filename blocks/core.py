@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BlocksError', 'DataError', 'ItemError', 'DeviceError', 'MissingExtraError', 'WeightsError', 'ExportError',
            'TrainingError', 'require', 'default_device', 'resolve_device', 'current_seed', 'stream', 'set_seed',
-           'as_list', 'default_workers']
+           'seeded', 'as_list', 'default_workers']
 
 # %% ../nbs/00_core.ipynb #ae7b6cb2
 import importlib, os, random
+from contextlib import contextmanager
 import numpy as np
 from fastcore.foundation import L
 
@@ -45,6 +46,7 @@ class TrainingError(BlocksError, RuntimeError):
 
 def _short(item, n=200):
     "`item` as one line of at most `n` characters"
+    if hasattr(item, 'shape') and hasattr(item, 'dtype') and len(item.shape): return f'{type(item).__name__} of shape {tuple(item.shape)}, {item.dtype}'
     text = ' '.join(str(item).split()) if not isinstance(item, str) else repr(item)
     return text if len(text) <= n else f'{text[:n]}…'
 
@@ -112,6 +114,19 @@ def set_seed(
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     if reproducible:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+# %% ../nbs/00_core.ipynb #4027fd93
+@contextmanager
+def seeded(
+    rng,    # a `np.random.Generator`; one number is drawn from it
+):
+    "Inside, the global generators of Python, NumPy and PyTorch (on the CPU) follow `rng`; afterwards they are as before"
+    import torch
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    seed = int(rng.integers(2**32))
+    random.seed(seed); np.random.seed(seed); torch.random.default_generator.manual_seed(seed)
+    try: yield
+    finally: random.setstate(states[0]); np.random.set_state(states[1]); torch.random.set_rng_state(states[2])
 
 # %% ../nbs/00_core.ipynb #baaea948
 def as_list(o):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision import tv_tensors
+from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from blocks.core import DataError, stream
@@ -238,7 +239,7 @@ class Dark(PixelTfm):
 
 def test_what_changes_pixels_in_place_leaves_places_alone():
     places = tv_tensors.Mask(torch.ones(8, 21, 17, dtype=torch.uint8)), torch.zeros(8, 2, 2).as_subclass(Points), torch.zeros(8, 1, 5).as_subclass(Boxes)
-    x, *rest = apply_batch_tfms([Brightness(p=1.), Hue(p=1.), Dark(), lambda x: 1 - x, v2.RandomVerticalFlip(1.), RandomErasing(1.)], (noise(), *places), stream(0))
+    x, *rest = apply_batch_tfms([Brightness(p=1.), Hue(p=1.), Dark(), lambda x: 1 - x, v2.ColorJitter(.3), RandomErasing(1.)], (noise(), *places), stream(0))
     assert all(a is b for a, b in zip(rest, places))
     x, *rest = apply_batch_tfms(aug_transforms(), (noise(), *places), None, train=False)
     assert all(a is b for a, b in zip(rest, places))                                             # validation without a size
@@ -308,6 +309,22 @@ def test_ones_own_transforms():
     assert apply([v2.RandomVerticalFlip(p=1.)], x).equal(unit(x).flip(-2))
     for bad in (lambda x: None, lambda x: x.mean(), lambda x: x[:3]):
         with pytest.raises(DataError, match='8 images'): apply([bad], x)
+
+def test_torchvision_draws_from_the_generator_of_the_batch_and_alike_for_all_images():
+    tfms, x = [v2.RandomHorizontalFlip(), v2.ColorJitter(.5, .5), v2.RandomVerticalFlip()], noise()
+    before = torch.random.get_rng_state()
+    draws = [apply_batch_tfms(tfms, (x, tv_tensors.Image(x.clone())), stream(s)) for s in range(8)]
+    assert torch.equal(before, torch.random.get_rng_state()) and all(torch.equal(a, b) for a, b in draws)
+    assert torch.equal(apply_batch_tfms(tfms, (x,), stream(0))[0], draws[0][0]) and len({float(a[0, 0, 0, 0]) for a, _ in draws}) > 4
+    together = lambda own: apply_batch_tfms([own, RandomErasing(1.)], (x,), stream(0))[0]
+    assert (together(lambda x: x) != together(lambda x: x + 0.)).sum() == 0                      # what follows draws the same
+
+@pytest.mark.parametrize('place', [tv_tensors.Mask(torch.ones(8, 21, 17, dtype=torch.uint8)), torch.zeros(8, 2, 2).as_subclass(Points), torch.zeros(8, 1, 5).as_subclass(Boxes)], ids=lambda o: type(o).__name__)
+def test_what_would_leave_places_behind_is_refused(place):
+    for tfm in (v2.RandomHorizontalFlip(), v2.Compose([v2.GaussianBlur(3), v2.RandomRotation(9)]), v2.RandomApply([v2.CenterCrop(8)]), v1.RandomAffine(9)):
+        with pytest.raises(DataError, match='behind'): apply_batch_tfms([tfm], (noise(), place), stream(0))
+    if isinstance(place, tv_tensors.Mask):
+        with pytest.raises(DataError, match='size'): apply_batch_tfms([lambda x: x[..., ::2]], (noise(), place), stream(0))
 
 def test_a_single_image_is_not_a_batch():
     with pytest.raises(DataError, match='batch of images'): apply(aug_transforms(), noise()[0].as_subclass(tv_tensors.Image))

@@ -377,6 +377,14 @@ def test_cut_files_are_errors_and_leave_nothing_open(tmp_path):
 def test_an_empty_array_is_no_image(a):
     with pytest.raises(DataError, match='not an image'): open_image(a)
 
+@pytest.mark.parametrize('raw,said', [(torch.zeros(20, 30, 3, dtype=torch.uint8), r'\(20, 30, 3\).*channels come first'), (np.zeros((20, 30, 5), np.uint8), r'\(20, 30, 5\).*BandsBlock'),
+                                      (np.zeros((4, 4, 3), np.uint16), 'uint16.*BandsBlock'), (np.full((4, 4), np.nan), 'not finite'), (np.full((4, 4), 1.5), r'\[0, 1\].*1.5 to 1.5'), (np.zeros((4, 4, 3), np.int16), 'int16')])
+def test_numbers_that_are_no_image_are_told_by_their_own_shape_and_kind(raw, said):
+    with pytest.raises(DataError, match=said): open_image(raw)
+
+def test_tensors_of_every_float_are_pictures():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64): assert np.asarray(open_image(torch.tensor([[[0., 1.]]]*3, dtype=dtype))).tolist() == [[[0]*3, [255]*3]]
+
 # --- things that are read as a whole
 class Member(os.PathLike):
     "A file in an archive: it has a path, where there is nothing on this disk"

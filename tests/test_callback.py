@@ -8,7 +8,7 @@ import torch
 from blocks import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
                     CancelValidException, EarlyStoppingCallback, Learner, SaveModelCallback, TrackerCallback, accuracy)
 from blocks.core import TrainingError
-from blocks.train.callback import EVENTS, check_callback
+from blocks.train.callback import EVENTS, GradientAccumulation, GradientClip, ReduceLROnPlateau, ShortEpochCallback, check_callback
 
 
 class At(Callback):
@@ -213,3 +213,77 @@ def test_what_is_cancelled_is_told(dls, tiny, event, error, told):
     learn = Learner(dls, tiny(), cbs=spy())
     with learn.no_bar(): learn.fit(1)
     assert heard[0] == 'created' and heard[1] == told and set(heard) == {'created', told}
+
+# --- keeping the best, or not
+def test_the_last_weights_stay_without_restore_best(learn):
+    learn.fit(4, cbs=[Steer([3., 1., 2., 4.]), SaveModelCallback(restore_best=False)])
+    assert marked(learn) == 3
+    learn.load('model'); assert marked(learn) == 1
+
+# --- a plateau
+@pytest.mark.parametrize('kw,want', [({}, [.1, .1, .01, .01, .001, .0001]), (dict(patience=2), [.1, .1, .1, .1, .1, .01]), (dict(factor=2., min_lr=.04), [.1, .1, .05, .05, .04, .04])])
+def test_the_rate_is_divided_on_a_plateau(learn, capsys, kw, want):
+    steer = [3., 3., 2., 2., 2.5, 2.5]                                   # better in epochs 0 and 2
+    learn.fit(6, .1, cbs=[Steer(steer), ReduceLROnPlateau(**kw)])
+    assert learn.recorder.lrs[::4] == pytest.approx(want) and 'learning rate is now' in capsys.readouterr().out
+
+def test_a_plateau_and_one_cycle_are_not_combined_silently(learn):
+    with pytest.raises(TrainingError, match='ParamScheduler and ReduceLROnPlateau'): learn.fit_one_cycle(1, cbs=ReduceLROnPlateau())
+    with pytest.raises(TrainingError, match='factor'): ReduceLROnPlateau(factor=1)
+
+# --- less of an epoch
+@pytest.mark.parametrize('pct,short_valid,steps,seen', [(.01, True, 1, 1), (.5, True, 2, 1), (.51, False, 3, 2), (1., True, 4, 2)])
+def test_short_epochs(learn, pct, short_valid, steps, seen):
+    spy = At(None, None)
+    learn.fit(2, cbs=[ShortEpochCallback(pct, short_valid), spy])
+    assert len(learn.recorder.values) == 2 and len(learn.recorder.losses) == 2*steps
+    assert spy.seen.count('before_validate') == spy.seen.count('after_validate') == 2 and (spy.seen.count('after_pred') - 2*steps)//2 == seen
+
+def test_a_time_limit_finishes_the_batch_and_validates(learn, monkeypatch, capsys):
+    import blocks.train.callback as module
+    clock = iter([0.] + [10.]*5 + [100.]*1000)
+    monkeypatch.setattr(module, 'time', type('T', (), dict(monotonic=staticmethod(lambda: next(clock)))))
+    learn.fit(10, max_minutes=1)                                         # over after step 2 of the second epoch
+    assert len(learn.recorder.losses) == 6 and len(learn.recorder.values) == 2 and learn.recorder.values[-1][1] is not None
+    assert '1 minutes are over' in capsys.readouterr().out
+    learn.fit(1, max_minutes=1000); assert len(learn.recorder.losses) == 4
+
+def test_a_time_limit_is_for_all_of_fine_tune(learn, tmp_path):
+    spy = At(None, None)
+    learn.fine_tune(3, max_minutes=1e-9, cbs=spy)
+    assert spy.seen.count('after_step') == 1 and spy.seen.count('after_fit') == 2
+    with pytest.raises(TrainingError, match='max_minutes'): learn.fit(1, max_minutes=0)
+
+# --- gradients
+def plain(n=2):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, n))
+
+def grads(learn): return torch.cat([p.grad.flatten() for p in learn.model.parameters()])
+
+@pytest.mark.parametrize('n_acc', [8, 16, 24, 20])                       # 20: the third batch of 8 is more than enough
+def test_accumulated_gradients_are_those_of_the_items_together(dls, n_acc):
+    got, items = [], []
+    learn = Learner(dls, plain(), precision='fp32', opt_func='sgd')
+    see = [At('after_step', lambda l: got.append((grads(l).clone(), len(items)))), At('before_backward', lambda l: items.append((l.xb[0], l.yb[0])))]
+    with learn.no_bar(): learn.fit(2, 0., wd=0., cbs=[GradientAccumulation(n_acc), *see])
+    each = -(-n_acc//8)
+    assert [n for _, n in got] == list(range(each, 9, each))             # counted on over the end of the epoch
+    for g, n in got:
+        x, y = (torch.cat(o) for o in zip(*items[n-each:n]))
+        learn.model.zero_grad(); torch.nn.functional.cross_entropy(learn.model(x), y).backward()
+        assert torch.allclose(g, grads(learn), atol=1e-6)
+
+def test_accumulation_records_whole_losses_and_leaves_no_gradients(dls):
+    def losses(cbs):
+        learn = Learner(dls.new(), plain(), precision='fp32', opt_func='sgd')
+        with learn.no_bar(): learn.fit(1, 0., wd=0., cbs=cbs)
+        assert all(p.grad is None for p in learn.model.parameters())
+        return learn.recorder.losses
+    assert losses(GradientAccumulation(24)) == pytest.approx(losses(None))
+
+def test_gradients_are_cut_to_a_norm(dls):
+    norms, learn = [], Learner(dls, plain(), precision='fp32', cbs=[GradientClip(1e-3), GradientAccumulation(16)])
+    with learn.no_bar(): learn.fit(1, cbs=At('after_step', lambda l: norms.append(float(grads(l).norm()))))
+    assert len(norms) == 2 and norms == pytest.approx([1e-3]*2, rel=1e-2)

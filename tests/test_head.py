@@ -111,6 +111,10 @@ def test_spec_with_weights_needs_none_to_rebuild(tmp_path, monkeypatch):
     torch.save(squeezenet1_1().state_dict(), tmp_path/'w.pth'); m = create_vision_model('squeezenet1_1', 2, weights=tmp_path/'w.pth'); (tmp_path/'w.pth').unlink()
     monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *a, **k: pytest.fail('fetched weights'))
     back = build_vision_model(m.spec); back.load_state_dict(m.state_dict()); assert torch.equal(back.mean, m.mean)
+def test_a_spec_of_the_first_files_still_builds():
+    spec = dict(arch='squeezenet1_1', source='torchvision', n_in=3, n_out=2, cut=None, mean=[.485, .456, .406], std=[.229, .224, .225], custom=[],
+                head={'create_head': dict(ps=.5, lin_ftrs=None, y_range=None, concat_pool=True, first_bn=True, bn_final=False, lin_first=False)})
+    m = build_vision_model(spec); assert type(m) is VisionModel and kinds(m[1]) == kinds(create_head(512, 2)) and {k.split('.')[0] for k in m.state_dict()} == {'mean', 'std', '0', '1'}
 def test_what_is_code_is_named():
     cut = lambda net: net[:2]; m = vision(cut=cut, custom_head=lambda nf, n: create_head(nf, n)); assert m.spec['custom'] == ['arch', 'cut', 'custom_head'] and plain(m.spec)
     with pytest.raises(ExportError, match='arch=…, custom_head=…'): build_vision_model(m.spec, cut=cut)

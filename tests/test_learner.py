@@ -476,3 +476,23 @@ def test_predictions_of_every_kind_survive_export(every, tiny, tmp_path):
         got = back.predict(file)
         assert torch.equal(want[2], got[2]) and type(back.target) is type(learn.dls.targets[0]) and back.target == learn.dls.targets[0]
         assert np.array_equal(want[0], got[0]) and len(back.predict_batch([file]*3).labels) == 3
+
+# --- test-time augmentation
+def test_tta_is_the_mean_over_views_that_are_drawn_as_in_training(two_class, tiny):
+    learn = Learner(loaders(two_class, batch_tfms=aug_transforms(p_affine=1., p_lighting=1.)), tiny())
+    with learn.no_bar():
+        (views, plain), y = learn.tta(n=3, beta=None)
+        want, _ = learn.get_preds()
+        mixed, most = learn.tta(n=3, beta=.25)[0], learn.tta(n=3, use_max=True)[0]
+        again = learn.tta(n=3, beta=None)[0][0]
+    assert torch.equal(plain, want) and not torch.allclose(views, want, atol=1e-4) and torch.equal(views, again)
+    assert torch.allclose(mixed, .75*views + .25*plain) and torch.equal(most, torch.maximum(views, plain)) and [int(o) for o in y] == [int(learn.dls.valid_ds[i][1]) for i in range(len(y))]
+
+def test_tta_is_for_answers_about_the_whole_picture(every):
+    from blocks import MaskBlock
+    learn = Learner(every(MaskBlock(codes=['a', 'b']), lambda p: np.zeros((32, 40), np.uint8)), nn.Conv2d(3, 2, 1))
+    with pytest.raises(DataError, match='MaskBlock'): learn.tta()
+
+def test_titles_of_results_are_short():
+    from blocks.train.learner import _said
+    assert _said(['a', 'b']) == 'a;b' and _said(1/3) == '0.3333' and _said((.5, 2.)) == '0.5;2' and _said('cat') == 'cat'

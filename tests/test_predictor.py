@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from blocks import (CategoryBlock, DataBlock, ExportError, ImageBlock, ItemError, Learner, Predictor, RandomResizedCrop, RandomSplitter, Resize, aug_transforms,
+from blocks import (CategoryBlock, DataBlock, DataError, ExportError, ImageBlock, ItemError, Learner, Predictor, RandomResizedCrop, RandomSplitter, Resize, aug_transforms,
                     cnn_learner, get_image_files, load_learner)
 from blocks.infer import predictor as module
 from blocks.infer.predictor import export_predictor
@@ -246,3 +246,24 @@ def test_trust_changes_nothing_for_a_file_without_code(file, tiny, learn, pictur
 def test_a_predictor_by_hand_is_exported_too(tiny, tmp_path, picture):
     p = Predictor(tiny(), (ImageBlock(), CategoryBlock(vocab=('a', 'b'))), geometries=(Resize(16),))
     assert same(load_learner(export_predictor(p, tmp_path/'p.pkl'), model=tiny).predict(picture), p.predict(picture))
+
+# --- the likeliest labels, counts, tables
+def test_the_likeliest_labels_come_first(learn, two_class):
+    file = get_image_files(two_class)[3]
+    top, (label, _, probs) = learn.predict(file, topk=5), learn.predict(file)
+    assert top[0] == (label, pytest.approx(float(probs.max()))) and [p for _, p in top] == sorted((p for _, p in top), reverse=True) and {o for o, _ in top} == {'cat', 'dog'}
+    assert len(learn.predict(file, topk=1)) == 1
+
+def test_a_prediction_is_drawn_with_its_bars(learn, two_class):
+    left, right = learn.plot_prediction(get_image_files(two_class)[3], topk=2)
+    assert left.images and [round(p.get_width(), 4) for p in right.patches] == [round(p, 4) for _, p in learn.predict(get_image_files(two_class)[3], topk=2)]
+
+def test_predictions_are_counted_and_written(learn, two_class, tmp_path):
+    import pandas as pd
+    p = learn.predict_batch(get_image_files(two_class)[:9])
+    assert [b.get_width() for b in p.plot_counts().patches] == [p.labels.count('cat'), p.labels.count('dog')]
+    p.to_csv(tmp_path/'s.csv', columns=['prediction'])
+    assert list(pd.read_csv(tmp_path/'s.csv').prediction) == p.labels
+    p.to_csv(tmp_path/'all.csv')
+    assert list(pd.read_csv(tmp_path/'all.csv')) == list(p.to_df())
+    with pytest.raises(DataError, match="no column 'label'.*'prediction'"): p.to_csv(tmp_path/'s.csv', columns=['label'])

@@ -1,7 +1,7 @@
 import pickle
 import numpy as np, pytest, torch
 from blocks.core import DataError
-from blocks.train.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds, combined_cos, constant, flat_cos, one_cycle, spread_lr
+from blocks.train.schedule import SchedCos, SchedExp, SchedLin, SchedNo, SchedPoly, combine_scheds, combined_cos, constant, flat_cos, one_cycle, sgdr, spread_lr
 
 PIECES = [SchedLin, SchedCos, SchedExp, lambda a, b: SchedPoly(a, b, 2.5)]
 
@@ -92,3 +92,15 @@ def test_spread_lr_over_one_group_is_the_head():
     (slice(1e-5, 1e-3, 2), 'slice'), (slice('a', 'b'), 'slice'), (slice(-1e-3), 'slice'), ([], '3 parameter groups'), (np.ones((3, 1)), 'learning rate')])
 def test_spread_lr_refuses(lr, word):
     with pytest.raises(DataError, match=word): spread_lr(lr, 3)
+
+@pytest.mark.parametrize('n,length,mult', [(3, 1, 2), (4, 3, 1), (3, 2, 3), (5, 1, 2)])
+def test_warm_restarts_begin_on_time_however_positions_are_rounded(n, length, mult):
+    f, total = sgdr(1., n, length, mult)['lr'], sum(length*mult**i for i in range(n))
+    starts = [sum(length*mult**i for i in range(k)) for k in range(n)]
+    for steps in (1, 3, 7):
+        for start in starts:
+            assert f((start + 0/steps)/total) == pytest.approx(1.) and f(sum([1/(steps*total)]*(start*steps))) == pytest.approx(1.)      # as a quotient, and added up step by step
+            if start and steps > 1: assert f((start - 1/steps)/total) < f(start/total)
+
+def test_warm_restarts_of_groups():
+    np.testing.assert_allclose(sgdr([1., 2.], 2, 1)['lr'](1/3), [1, 2])

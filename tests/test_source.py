@@ -274,7 +274,7 @@ def test_col_splitter():
 @pytest.mark.parametrize('split,text', [
     (([0, 1, 2], [2, 3]), r'leaks: train \(3 items\) and valid \(2 items\) share 1, at the positions: 2'), (([0, 1, 1], [2]), 'train part holds 1 positions more than once: 1'),
     (([0], [4]), 'valid part has 1 of 1 positions outside of 0 to 3, for 4 items: 4'), (([-1], [0]), 'train part.*-1'), (([], [0, 1]), 'nothing to train on.*valid 2 of the 4'),
-    (([0], [1], [2], [3]), r'\(train, valid, test\).*returned 4'), (([0, 1], [2], [1]), r'leaks: train \(2 items\) and test \(1 items\) share 1, at the positions: 1'), (([0], [2], [1, 2]), 'valid.*and test.*share 1'), ((iter([]), [1], [2]), 'train has 0 and valid 1, test 1'), ([0], 'returned 1'), (None, 'returned 1'), (([0, 1], 2), 'valid part must be a list.*2'), ((['a.png'], [1]), "train part.*'a.png'"),
+    (([0], [1], [2], [3]), r'\(train, valid, test\).*returned 4'), (([0, 1], [2], [1]), r'leaks: train \(2 items\) and test \(1 items\) share 1, at the positions: 1'), (([0], [2], [1, 2]), 'valid.*and test.*share 1'), ((range(0), [1], [2]), 'train has 0 and valid 1, test 1'), ([0], 'returned 1'), (None, 'returned 1'), (([0, 1], 2), 'valid part must be a list.*2'), ((['a.png'], [1]), "train part.*'a.png'"),
     (([0], [True, False]), 'MaskSplitter'), ((torch.tensor([True, False]), [1]), 'MaskSplitter'), ((np.array([0., 1.]), [2]), r'0\.0 \(float\)')], ids=str)
 def test_check_split_faults(split, text):
     with pytest.raises(DataError, match=text): check_split(split, 4)

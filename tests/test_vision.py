@@ -1,10 +1,13 @@
 "A learner with a new head on a body: what the data decide, what the keywords change."
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from blocks import CategoryBlock, DataBlock, DataError, ImageBlock, Normalize, RandomSplitter, Resize, TrainingError, WeightsError, accuracy, cnn_learner, error_rate, get_image_files, mlp_head, parent_label, vision_learner
+from blocks.data.place import MaskBlock
 from blocks.model.head import AdaptiveConcatPool2d
+from blocks.train.vision import unet_learner
 
 
 def body(pretrained=False):
@@ -87,3 +90,22 @@ def test_making_a_learner_is_repeatable(dls):
     def make(): torch.manual_seed(3); return cnn_learner(dls, body, pretrained=False).model.state_dict()
     a, b = make(), make()
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+# ---- a U-Net instead of a head --------------------------------------------------------------------------------
+def masks(root, image=ImageBlock):
+    block = DataBlock((image, MaskBlock(codes=['no', 'yes'])), get_items=get_image_files, get_y=lambda p: np.ones((32, 40), np.uint8), splitter=RandomSplitter(.25, seed=1))
+    return block.dataloaders(root, bs=8, num_workers=0, seed=1, device='cpu')
+
+def test_each_learner_names_the_other(dls, two_class):
+    with pytest.raises(DataError, match='unet_learner'): cnn_learner(masks(two_class), body, pretrained=False)
+    with pytest.raises(DataError, match='CategoryBlock: use cnn_learner'): unet_learner(dls, body, pretrained=False)
+    inputs = DataBlock((CategoryBlock, MaskBlock(codes=['no', 'yes'])), get_items=get_image_files, get_x=parent_label, get_y=lambda p: np.ones((32, 40), np.uint8)).dataloaders(two_class, bs=8, num_workers=0, device='cpu')
+    with pytest.raises(DataError, match='unet_learner needs images'): unet_learner(inputs, body, pretrained=False)
+
+def test_what_the_keywords_of_a_unet_change(two_class):
+    learn = unet_learner(masks(two_class, ImageBlock(mode='L')), body, pretrained=False, n_out=5, opt_func='sgd', lr=.3, wd=.2, train_bn=False, precision='fp32', last_cross=False, y_range=(0, 1), self_attention=True)
+    out = learn.model.eval()(torch.rand(1, 1, 33, 47))
+    assert out.shape == (1, 5, 33, 47) and 0 <= out.min() and out.max() <= 1 and (learn.opt_func, learn.lr, learn.wd, learn.train_bn, learn.model[1].cross) == ('sgd', .3, .2, False, None)
+    with pytest.raises(TypeError, match='metric'): unet_learner(masks(two_class), body, pretrained=False, metric=accuracy)
+    with pytest.raises(DataError, match='n_out'): unet_learner(DataBlock((ImageBlock,), get_items=get_image_files, item_tfms=Resize(32)).dataloaders(two_class, bs=8, num_workers=0, device='cpu'), body, pretrained=False)
+    assert unet_learner(masks(two_class), body).model.mean is not None and unet_learner(masks(two_class), body, normalize=False).model.mean is None

@@ -16,7 +16,8 @@ from numbers import Integral, Real
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.foundation import L
 from torchvision import tv_tensors
-from ..core import DataError
+from torchvision.transforms import v2
+from ..core import DataError, seeded, stream
 from .place import Boxes, Points
 
 # %% ../../nbs/data/04_augment.ipynb #f0021f8b
@@ -559,9 +560,24 @@ def check_batch_tfms(
     for name, default in (('size', None), ('mode', 'bilinear'), ('pad_mode', 'reflection')): _shared(geometric, name, default)
     return flat
 
-def _call(tfm, value, n):
-    "The user's own `tfm` on a batch of images"
-    if not isinstance(value, tv_tensors.Image): return value
+def _moves(tfm):
+    "Whether a transform of torchvision, or a part of it, moves pixels"
+    if not type(tfm).__module__.startswith('torchvision.'): return False
+    return getattr(v2, type(tfm).__name__, v2.Lambda).__module__.endswith('._geometry') or any(map(_moves, getattr(tfm, 'transforms', ())))
+
+def _call(tfm, fields, n, rng):
+    "`fields` with their images after the user's own `tfm`, which draws the same for all of them"
+    placed = next((type(f).__name__ for f in fields if isinstance(f, (tv_tensors.Mask, Points, Boxes))), None)
+    if placed and _moves(tfm): raise DataError(f'batch_tfms: {tfm!r} would move the images and leave their {placed} behind: put it into item_tfms, or use Flip, Rotate, … or a GeometricTfm of your own')
+    seed, res = int(rng.integers(2**32)), []
+    for f in fields:
+        with seeded(stream(seed)): res.append(_called(tfm, f, n) if isinstance(f, tv_tensors.Image) else f)
+    sizes = {tuple(f.shape[-2:]) for f in res if isinstance(f, (tv_tensors.Image, tv_tensors.Mask))}
+    if placed and len(sizes) > 1: raise DataError(f'batch_tfms: {tfm!r} changed the size of the images, and their masks kept theirs: give size= to a transform here, as in Flip(size=…)')
+    return tuple(res)
+
+def _called(tfm, value, n):
+    "A batch of images after the user's own `tfm`"
     out = tfm(tv_tensors.wrap(_unit(value.as_subclass(torch.Tensor)), like=value))
     if isinstance(out, torch.Tensor) and out.ndim == 4 and len(out) == n: return tv_tensors.wrap(out.as_subclass(torch.Tensor), like=value)
     raise DataError(f'batch_tfms: {tfm!r} was given {n} images and should return as many (a tensor of 4 dimensions), got '
@@ -620,7 +636,7 @@ def apply_batch_tfms(
         fields = tuple(_relight(f, light) for f in fields)
     for t in tfms:
         if isinstance(t, PixelTfm): fields = tuple(_pixels(f, t, rng) for f in fields)
-        elif not isinstance(t, kinds): fields = tuple(_call(t, f, n) for f in fields)
+        elif not isinstance(t, kinds): fields = _call(t, fields, n, rng)
     for t in erasing:
         boxes = t.boxes(rng, n, *hw)
         fields = tuple(_erase(f, boxes, rng) for f in fields)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.foundation import L
 from torchvision import tv_tensors
-from ..core import BlocksError, DataError, ItemError, as_list, current_seed, default_workers, resolve_device, stream
+from ..core import BlocksError, DataError, ItemError, _short, as_list, current_seed, default_workers, resolve_device, stream
 from .augment import apply_batch_tfms, check_batch_tfms
 from .block import Block, ImageBlock
 from .dataloaders import DataLoaders, evaluate, find_vocab, rows, split_batch_tfms, split_item_tfms
@@ -71,12 +71,12 @@ def _find_bad(blocks, fields, whole, workers):
 def _raise_bad(bad):
     "One error for all bad items: the first in full, the others counted"
     first = next(iter(bad.values()))
-    more = f" ({len(bad)-1} more item(s) cannot be read either: {', '.join(str(getattr(e, 'item', '')) for e in list(bad.values())[1:4])})" if len(bad) > 1 else ''
+    more = f" ({len(bad)-1} more item(s) cannot be read either: {', '.join(_short(e.item) for e in list(bad.values())[1:4])})" if len(bad) > 1 else ''
     raise ItemError(first.stage, first.item, first.problem + more, first.mend) from first
 
 def _skip_bad(bad, n, max_bad):
     "Refuse to go on when more than the share `max_bad` is bad; otherwise say what is left out"
-    names = ', '.join(str(e.item) for e in list(bad.values())[:3])
+    names = ', '.join(_short(e.item) for e in list(bad.values())[:3])
     if len(bad) > max_bad*n:
         raise DataError(f"{len(bad)} of {n} items cannot be read ({names}, …), more than max_bad={max_bad:g} allows; the first: {next(iter(bad.values()))}\n"
                         f"  What to do: check the paths, or allow it with max_bad={min(1., len(bad)/n+.01):.2f}")
@@ -140,7 +140,7 @@ def _check_sizes(samples, bs):
     for raw in raws: sizes.setdefault(samples.blocks[image].size(raw), raw)
     if len(sizes) > 1:
         (a, x), (b, y) = list(sizes.items())[:2]
-        raise DataError(f"the images have different sizes, {a[0]}×{a[1]} ({x}) and {b[0]}×{b[1]} ({y}), and no item transform brings them to one: add item_tfms=Resize(224)")
+        raise DataError(f"the images have different sizes, {a[0]}×{a[1]} ({_short(x)}) and {b[0]}×{b[1]} ({_short(y)}), and no item transform brings them to one: add item_tfms=Resize(224)")
 
 # %% ../../nbs/data/06_datablock.ipynb #dbe6ccc9
 def _merged_pair(blocks, get_y):

@@ -10,12 +10,12 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from ..core import DataError, current_seed, stream
+from ..core import DataError, current_seed, seeded, stream
 from .block import ImageBlock
 from .datablock import DataBlock, Datasets, fit_block, make_loaders
 from .dataloaders import DataLoaders, split_item_tfms
 from .label import CategoryBlock, MultiCategoryBlock
-from .loader import Samples, seeded
+from .loader import Samples
 from .place import MaskBlock
 from .source import (ColReader, ColSplitter, GrandparentSplitter, RandomSplitter, RegexLabeller, get_image_files, parent_label)
 

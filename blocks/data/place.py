@@ -333,8 +333,8 @@ class BBoxBlock(Block):
     def collate(self, values):
         rows = []
         for v in values:                                                          # cut once more, since item transforms have moved them
-            canvas = v['boxes'].canvas_size
-            boxes, kept = _cut(v['boxes'].as_subclass(torch.Tensor), canvas)
+            boxes, canvas = v2f.convert_bounding_box_format(v['boxes'], new_format=tv_tensors.BoundingBoxFormat.XYXY), v['boxes'].canvas_size      # a transform may have changed it
+            boxes, kept = _cut(boxes.as_subclass(torch.Tensor), canvas)
             rows.append(torch.cat([_unscaled(boxes.reshape(-1, 2, 2), canvas).reshape(-1, 4), v['labels'][:, None].float()], 1)[kept])
         batch = torch.zeros(len(rows), max(map(len, rows)), 5)
         batch[..., 4] = -1

@@ -53,13 +53,30 @@ class Predictor:
         return _Data(self)
 
     def predict(self,
-        item,    # a path, bytes, file object, Pillow image, array or tensor; a tuple of them for several inputs
+        item,         # a path, bytes, file object, Pillow image, array or tensor; a tuple of them for several inputs
+        topk=None,    # give the so many likeliest labels instead
     ):
-        "(decoded prediction, its tensor, probabilities) for one item; for a category (label, index, probabilities)"
-        items = item if self.n_inp > 1 else (item,)
-        xb = self._prepare(self.read(items))
-        act = self.activated(xb)[0].cpu()
-        return self.decode(act)
+        "(decoded prediction, its tensor, probabilities) for one item; for a category (label, index, probabilities). With `topk` a list of (label, probability), the likeliest first"
+        act = self.activated(self._inputs(item))[0].cpu()
+        return self.decode(act) if topk is None else self._top(act, topk)
+
+    def _inputs(self, item): return self._prepare(self.read(item if self.n_inp > 1 else (item,)))
+
+    def _top(self, act, k):
+        if not hasattr(self.target, 'labels') or act.ndim != 1: raise DataError(f"topk lists the likeliest labels, and a {type(self.target).__name__} has none")
+        best = act.topk(min(k, len(act)))
+        return [(self.vocab[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
+
+    def plot_prediction(self, item, topk=5, figsize=None):
+        "Draw the picture as the model sees it, and a bar for each of its `topk` likeliest classes; returns the two axes"
+        import matplotlib.pyplot as plt
+        xb = self._inputs(item)
+        top = self._top(self.activated(xb)[0].cpu(), topk)
+        _, (left, right) = plt.subplots(1, 2, figsize=figsize or (6, 2.6), layout='constrained')
+        self.blocks[0].show(xb[0][0], left)
+        right.barh([str(o) for o, _ in top], [p for _, p in top])
+        right.invert_yaxis(); right.set(xlim=(0, 1), xlabel='probability')
+        return left, right
 
     def read(self, items):
         "The tensors of one sample"
@@ -130,11 +147,33 @@ class Predictions(Sequence):
     def labels(self):
         "The decoded predictions, as a list"
         return [self.predictor.target.decode(p) for p in self.probs]
+    def to_csv(self,
+        path,            # the file to write
+        columns=None,    # which columns of `to_df`, in order; None for all
+    ):
+        "Write the table of `to_df` to a file"
+        table = self.to_df()
+        if columns is not None and (unknown := [c for c in columns if c not in table]): raise DataError(f"there is no column {unknown[0]!r}; the columns are {', '.join(map(repr, table))}")
+        table['prediction'] = [';'.join(map(str, o)) if isinstance(o, (list, tuple)) else o for o in table['prediction']]
+        (table if columns is None else table[list(columns)]).to_csv(path, index=False)
+
+    def plot_counts(self, figsize=None):
+        "Draw how many items were predicted to have each class; returns the axes"
+        import matplotlib.pyplot as plt
+        block = self.predictor.target
+        if not hasattr(block, 'labels') or block.kind is not None: raise DataError(f"plot_counts counts labels, and a {type(block).__name__} has none")
+        said = [str(o) for label in self.labels for o in (label if isinstance(label, list) else [label])]
+        names = [str(o) for o in block.vocab]
+        _, ax = plt.subplots(figsize=figsize or (5, .8 + .3*len(names)), layout='constrained')
+        ax.barh(names, [said.count(o) for o in names])
+        ax.invert_yaxis(); ax.set_xlabel('items')
+        return ax
+
     def to_df(self):
         "A pandas table: item, prediction, and the probability of each class"
         import pandas as pd
         table = pd.DataFrame(dict(item=[str(o) for o in self.items], prediction=self.labels))
-        if not hasattr(self.predictor.target, 'labels'): return table
+        if self.predictor.target.kind is not None or not hasattr(self.predictor.target, 'labels'): return table      # masks and boxes: no number for each class
         table['probability'] = self.probs.max(-1).values.numpy() if len(self) else []
         for k, name in enumerate(self.predictor.vocab): table[f'p({name})'] = self.probs[:, k].numpy() if len(self) else []
         return table

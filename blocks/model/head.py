@@ -133,9 +133,13 @@ def create_vision_model(
     """A model for images: a body from `arch`, with a new head for `n_out` numbers.
 
     Raises `DataError` for an architecture, head or size that cannot be, and `WeightsError` when weights cannot be found or do not fit."""
+    head, custom_head = _head_spec(custom_head, dict(ps=ps, lin_ftrs=lin_ftrs, concat_pool=concat_pool, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range))
+    return _create(arch, n_out, head, custom_head, pretrained, weights, cut, n_in, normalize)
+
+def _create(arch, n_out, head, custom_head, pretrained, weights, cut, n_in, normalize):
+    "A new model with the `head` that is given as plain values, or with `custom_head`"
     if not isinstance(n_out, int) or n_out < 1: raise DataError(f"n_out= is how many numbers the model gives (one for each class), 1 or more, and got {n_out!r}")
     a = resolve_arch(arch)
-    head, custom_head = _head_spec(custom_head, dict(ps=ps, lin_ftrs=lin_ftrs, concat_pool=concat_pool, first_bn=first_bn, bn_final=bn_final, lin_first=lin_first, y_range=y_range))
     parts = dict(arch=a.build, cut=cut if callable(cut) else None, custom_head=custom_head)
     mean, std = _stats_for(n_in, *arch_stats(a, weights)) if normalize and (pretrained or weights is not None) else (None, None)
     spec = dict(arch=a.name, source=a.source, n_in=n_in, n_out=n_out, cut=None if callable(cut) else cut, head=head, mean=mean, std=std,
@@ -158,6 +162,9 @@ def _assemble(spec, parts, pretrained, weights):
     "The model of `spec`, with the custom `parts` that it names"
     a = Arch(spec['arch'], spec['source'], parts.get('arch'))
     body = create_body(a, n_in=spec['n_in'], pretrained=pretrained, weights=weights, cut=parts.get('cut') or spec['cut'])
+    if spec['head'] and 'unet' in spec['head']:
+        from blocks.model.unet import DynamicUnet                        # it stands on this module, so it comes when it is asked for
+        return DynamicUnet(body, spec['n_out'], **spec['head']['unet'], mean=spec['mean'], std=spec['std'], spec=spec)
     head = _make_head(spec['head'], parts.get('custom_head'), num_features(body, spec['n_in']), spec['n_out'])
     return VisionModel(body, head, spec['mean'], spec['std'], spec)
 

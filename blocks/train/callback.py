@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['EVENTS', 'CancelFitException', 'CancelEpochException', 'CancelTrainException', 'CancelValidException',
            'CancelBatchException', 'CancelBackwardException', 'CancelStepException', 'Callback', 'check_callback',
-           'StopOnNonFinite', 'TrackerCallback', 'EarlyStoppingCallback', 'SaveModelCallback']
+           'StopOnNonFinite', 'TrackerCallback', 'EarlyStoppingCallback', 'SaveModelCallback', 'ReduceLROnPlateau',
+           'ShortEpochCallback', 'TimeLimit', 'GradientAccumulation', 'GradientClip']
 
 # %% ../../nbs/train/32_callback.ipynb #da9c87d9
-import math
+import math, time
 from ..core import TrainingError
 from .metric import is_lower_better
 
@@ -23,8 +24,10 @@ class CancelStepException(Exception): "Skip the optimizer's step"
 
 class Callback:
     "Base of everything that plugs into the loop; a subclass overrides the events at which it acts"
-    order = 0         # callbacks run in ascending order
-    learn = None      # the learner, from the moment that it gets the callback
+    order = 0            # callbacks run in ascending order
+    learn = None         # the learner, from the moment that it gets the callback
+    sets_lr = False      # decides the learning rate; a fit can have one such callback
+    in_lr_find = True    # takes part in the search for a learning rate; False for what keeps, stops or reports
 
     @property
     def name(self): return type(self).__name__.removesuffix('Callback')
@@ -72,7 +75,7 @@ def check_callback(
 # %% ../../nbs/train/32_callback.ipynb #2e9c75bc
 class StopOnNonFinite(Callback):
     "Stop with an error that names epoch and step when the training loss is not finite"
-    order = -10
+    order, in_lr_find = -10, False
     every = 20    # on an accelerator, look at the losses of so many steps at once
 
     def before_train(self): self.losses = []
@@ -95,7 +98,7 @@ class StopOnNonFinite(Callback):
 # %% ../../nbs/train/32_callback.ipynb #e7ed52eb
 class TrackerCallback(Callback):
     "Base of callbacks that watch the best value so far of a column of the epoch table"
-    order = 60
+    order, in_lr_find = 60, False
     def __init__(self,
         monitor='valid_loss',    # column to watch
         comp=None,               # function (new, best) → is new better?; None: by the name of the column
@@ -131,15 +134,95 @@ class EarlyStoppingCallback(TrackerCallback):
             raise CancelFitException()
 
 class SaveModelCallback(TrackerCallback):
-    "Save the weights whenever the watched value is the best so far, and load the best at the end of the fit"
+    "Save the weights whenever the watched value is the best so far, and load the best at the end of the fit (with `restore_best=False`, the last ones stay)"
     order = 59    # before early stopping, whose exception would end the epoch
-    def __init__(self, monitor='valid_loss', comp=None, min_delta=0., fname='model', every_epoch=False, with_opt=False, reset_on_fit=True):
+    def __init__(self, monitor='valid_loss', comp=None, min_delta=0., fname='model', every_epoch=False, with_opt=False, reset_on_fit=True, restore_best=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)
-        self.fname, self.every_epoch, self.with_opt, self.saved = fname, every_epoch, with_opt, False
+        self.fname, self.every_epoch, self.with_opt, self.restore_best, self.saved = fname, every_epoch, with_opt, restore_best, False
     def before_fit(self): super().before_fit(); self.saved = self.saved and not self.reset_on_fit
     def after_epoch(self):
         super().after_epoch()
         if self.every_epoch: self.learn.save(f'{self.fname}_{self.learn.epoch}', with_opt=self.with_opt)
         if self.new_best: self.learn.save(self.fname, with_opt=self.with_opt); self.saved = True
     def after_fit(self):
-        if self.saved: self.learn.load(self.fname, with_opt=self.with_opt)
+        if self.saved and self.restore_best: self.learn.load(self.fname, with_opt=self.with_opt)
+
+class ReduceLROnPlateau(TrackerCallback):
+    "Divide the learning rate by `factor` when the watched value has not become better for `patience` epochs"
+    order, sets_lr = 62, True
+    def __init__(self, monitor='valid_loss', comp=None, min_delta=0., patience=1,
+        factor=10.,     # above 1
+        min_lr=0.,      # the rate does not go below
+        reset_on_fit=True,
+    ):
+        super().__init__(monitor, comp, min_delta, reset_on_fit)
+        if not factor > 1: raise TrainingError(f"ReduceLROnPlateau(factor={factor!r}): the rate is divided by it, so it is above 1")
+        self.patience, self.factor, self.min_lr = patience, factor, min_lr
+    def before_fit(self): super().before_fit(); self.wait = 0
+    def after_epoch(self):
+        super().after_epoch()
+        self.wait = 0 if self.new_best else self.wait + 1
+        if self.wait < self.patience: return
+        self.wait, groups = 0, self.learn.opt.param_groups
+        for g in groups: g['lr'] = max(g['lr']/self.factor, min(self.min_lr, g['lr']))
+        print(f"Epoch {self.learn.epoch}: no better {self.monitor}, the learning rate is now {groups[-1]['lr']:.3g}")
+
+# %% ../../nbs/train/32_callback.ipynb #266f30fc
+class ShortEpochCallback(Callback):
+    "End each training epoch, and with `short_valid` each validation, when the share `pct` of its batches is done (at least one): to try out whether everything runs"
+    order, in_lr_find = 65, False     # after the recorder has got the batch
+    def __init__(self, pct=.01, short_valid=True):
+        if not 0 <= pct <= 1: raise TrainingError(f"ShortEpochCallback(pct={pct!r}): expected a share of the batches, between 0 and 1")
+        self.pct, self.short_valid = pct, short_valid
+    def after_batch(self):
+        l = self.learn
+        if (l.iter + 1)/l.n_iter < self.pct: return
+        if l.training: raise CancelTrainException()
+        if self.short_valid: raise CancelValidException()
+
+class TimeLimit(Callback):
+    "When `minutes` are over, counted from its creation: finish the training batch, validate, and end the fit. `fit(…, max_minutes=…)` makes one"
+    order, in_lr_find = 66, False
+    def __init__(self, minutes):
+        if not minutes > 0: raise TrainingError(f"max_minutes={minutes!r}: expected a number of minutes above 0")
+        self.minutes, self.end, self.over = minutes, time.monotonic() + 60*minutes, False
+    def after_batch(self):
+        l = self.learn
+        if not l.training or self.over or time.monotonic() < self.end: return
+        self.over = True
+        print(f"{self.minutes:g} minutes are over: training stopped in epoch {l.epoch}, after step {l.iter + 1} of {l.n_iter}")
+        raise CancelTrainException()
+    def before_batch(self):
+        if self.over and self.learn.training: raise CancelFitException()       # of a fit that begins when the time is over already
+    def after_epoch(self):
+        if self.over: raise CancelFitException()
+
+class GradientAccumulation(Callback):
+    """Make the step of the optimizer only when `n_acc` items have been seen, with the mean gradient over them: a batch of `n_acc` in the memory of a small one.
+
+    Items are counted on over the end of an epoch, and what is left at the end of the fit is dropped. Layers that look at the whole batch (BatchNorm) see the small ones."""
+    order = -4
+    def __init__(self, n_acc=32): self.n_acc = n_acc
+    def before_fit(self): self.count = 0
+    def before_backward(self):
+        l = self.learn
+        self.full, l.loss = l.loss, l.loss*(len(l.xb[0])/self.n_acc)           # the recorder gets the loss as it was
+    def after_backward(self): self.learn.loss = self.full
+    after_cancel_backward = after_backward
+    def before_step(self):
+        self.count += len(self.learn.xb[0])
+        if self.count < self.n_acc: raise CancelBatchException()               # no step, and the gradients stay
+        if self.count != self.n_acc:
+            for g in self.learn.opt.param_groups:
+                for p in g['params']:
+                    if p.grad is not None: p.grad *= self.n_acc/self.count     # a last piece too many: still the mean
+        self.count = 0
+    def after_fit(self): self.learn.opt.zero_grad()
+
+class GradientClip(Callback):
+    "Scale the gradients of a step down to a norm of at most `max_norm`, taken over all parameters together"
+    order = 10    # when the gradients are complete
+    def __init__(self, max_norm=1., norm_type=2.): self.max_norm, self.norm_type = max_norm, norm_type
+    def before_step(self):
+        from torch.nn.utils import clip_grad_norm_
+        clip_grad_norm_(self.learn.model.parameters(), self.max_norm, self.norm_type)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SchedLin', 'SchedCos', 'SchedNo', 'SchedExp', 'SchedPoly', 'combine_scheds', 'combined_cos', 'one_cycle', 'flat_cos',
-           'constant', 'spread_lr']
+           'sgdr', 'constant', 'spread_lr']
 
 # %% ../../nbs/train/33_schedule.ipynb #c0c3c006
 import bisect, math
@@ -62,9 +62,9 @@ class _Combined:
         pcts, self.scheds = zip(*[(p, s) for p, s in zip(pcts, scheds) if p > 1e-9])
         self.stops = [*np.cumsum(pcts)[:-1].tolist(), 1.]                # the last is 1 exactly, whatever the sum of floats
     def __call__(self, pos):
-        i = min(bisect.bisect_right(self.stops, pos), len(self.stops) - 1)
+        i = min(bisect.bisect_right(self.stops, pos + 1e-9), len(self.stops) - 1)       # a joint that was missed by rounding is a joint
         start = self.stops[i-1] if i else 0.
-        return self.scheds[i](min((pos - start)/(self.stops[i] - start), 1.))
+        return self.scheds[i](min(max((pos - start)/(self.stops[i] - start), 0.), 1.))
     def __repr__(self): return f'combine_scheds(stops={self.stops}, {self.scheds})'
 
 def combine_scheds(
@@ -135,6 +135,18 @@ def flat_cos(
     "`dict(lr=…)`: level for `pct_start` of the way, then down along a cosine. Raises `DataError` for values that cannot be"
     lr = _rates(lr)
     return dict(lr=combined_cos(_share(pct_start), lr, lr, lr/_divisor('div_final', div_final)))
+
+def sgdr(
+    lr_max,          # the rate at the start of each cycle: a number, or a list with one for each parameter group
+    n_cycles,        # how many cycles
+    cycle_len,       # epochs of the first one
+    cycle_mult=2,    # each is so many times as long as the one before
+):
+    "`dict(lr=…)`: cosines from `lr_max` to 0, one after another (SGDR, Loshchilov and Hutter 2017). Raises `DataError` for values that cannot be"
+    for name, n in dict(n_cycles=n_cycles, cycle_len=cycle_len, cycle_mult=cycle_mult).items():
+        if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1: raise DataError(f"{name} of warm restarts is a whole number from 1 up, and got {n!r}")
+    lengths = [cycle_len*cycle_mult**i for i in range(n_cycles)]
+    return dict(lr=combine_scheds([o/sum(lengths) for o in lengths], [SchedCos(_rates(lr_max), 0.)]*n_cycles))
 
 def constant(
     lr,    # the rate: a number, or a list with one for each parameter group
