@@ -27,6 +27,7 @@ _NAMES = {
     'data.factory': 'ImageDataLoaders SegmentationDataLoaders',
     'model.head': 'AdaptiveConcatPool2d SigmoidRange VisionModel create_head mlp_head param_groups',
     'model.arch': 'create_body',
+    'model.unet': 'DynamicUnet',
     'infer.predictor': 'Predictions Predictor load_learner',
     'train.loss': 'BCEWithLogitsLossFlat CrossEntropyLossFlat FocalLossFlat L1LossFlat LabelSmoothingCrossEntropyFlat MSELossFlat',
     'train.metric': 'Metric accuracy accuracy_multi error_rate mae mse rmse top_k_accuracy',
@@ -39,7 +40,7 @@ _NAMES = {
     'train.lr_find': 'SuggestionMethod minimum slide steep valley',
     'train.strategy': 'FinetuneStrategy',
     'train.learner': 'Learner',
-    'train.vision': 'cnn_learner vision_learner',
+    'train.vision': 'cnn_learner unet_learner vision_learner',
     'train.interpret': 'ClassificationInterpretation',
     'train.crossval': 'cross_validate',
 }
