@@ -361,7 +361,7 @@ def speak(folder):
             subprocess.run(['espeak-ng', '-v', voice, '-s', str(speed), '-p', str(pitch), '-w', str(folder/f'{word}_{voice}.wav'), word], check=True)
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which('espeak-ng') and not os.environ.get('CI'), reason='the speech synthesiser espeak-ng is not installed (apt install espeak-ng)')
+@pytest.mark.skipif(not shutil.which('espeak-ng') and not os.environ.get('BLOCKS_SPEECH'), reason='the speech synthesiser espeak-ng is not installed (apt install espeak-ng)')
 def test_words_of_held_out_voices(tmp_path):
     from blocks import Learner, accuracy
     speak(tmp_path)
