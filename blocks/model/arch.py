@@ -222,7 +222,7 @@ def _load(model, body, state, what):
     if len(want) < len(body_entries): want = body_entries               # a cut that made new layers: only its own names are left
     problems = []
     for reading in _readings(state):
-        for found, wrong in (_by_name(want, reading, own.keys() - want.keys()), _by_order(want, reading)):
+        for found, wrong in (_by_name(want, reading, own.keys() - want.keys()), _by_order(want, reading), _by_order(own, reading)):      # the last: of a body cut short, by the order of the whole
             if not wrong:
                 with torch.no_grad():
                     for k, v in want.items(): v.copy_(found[k])
