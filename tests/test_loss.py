@@ -1,8 +1,12 @@
 import copy, pickle
+from functools import partial
 import pytest, torch
 import torch.nn.functional as F
-from blocks.core import DataError
-from blocks.train.loss import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat, flatten_check)
+from torch import nn
+from blocks.core import DataError, TrainingError
+from blocks.data.label import CategoryBlock, MultiCategoryBlock, RegressionBlock
+from blocks.data.place import MaskBlock
+from blocks.train.loss import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat, check_loss, flatten_check)
 
 CLASS = [CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat, FocalLossFlat]
 VALUE = [BCEWithLogitsLossFlat, MSELossFlat, L1LossFlat]
@@ -42,6 +46,8 @@ def test_label_smoothing(reduction):
     p, y = draw(9, 4), classes(4, 9)
     same(LabelSmoothingCrossEntropyFlat(eps=.3, reduction=reduction)(p, y), F.cross_entropy(p, y, label_smoothing=.3, reduction=reduction))
     assert LabelSmoothingCrossEntropyFlat().label_smoothing == .1
+    w = torch.tensor([1., 2, .5, 3]); same(LabelSmoothingCrossEntropyFlat(eps=.3, reduction=reduction, weight=w)(p, y), F.cross_entropy(p, y, w, label_smoothing=.3, reduction=reduction))
+    same(LabelSmoothingCrossEntropyFlat(reduction=reduction, ignore_index=2)(p, y), F.cross_entropy(p, y, label_smoothing=.1, ignore_index=2, reduction=reduction))
 
 @pytest.mark.parametrize('gamma', [0., .5, 1., 2., 5.])
 def test_focal_by_its_formula(gamma):
@@ -59,6 +65,8 @@ def test_focal_is_exact_for_easy_entries():
 def test_focal_leaves_out_ignored_entries():
     p, y = draw(4, 3), torch.tensor([0, -100, 2, 1])
     got = FocalLossFlat(weight=[1, 2, 3], reduction='none')(p, y); assert got[1] == 0 and (got[[0, 2, 3]] > 0).all()
+    y[1] = 255; left = [0, 2, 3]
+    for w in (None, [1, 2, 3]): same(FocalLossFlat(weight=w, ignore_index=255)(p, y), FocalLossFlat(weight=w)(p[left], y[left]))
 
 @pytest.mark.parametrize('shape', [(7,), (7, 3), (2, 3, 4, 5)])
 @pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
@@ -152,3 +160,77 @@ def test_arguments_that_cannot_be():
     for make in (lambda: CrossEntropyLossFlat(label_smoothing=1.5), lambda: LabelSmoothingCrossEntropyFlat(eps=-.1), lambda: FocalLossFlat(gamma=-1), lambda: CrossEntropyLossFlat(torch.ones(3))):
         with pytest.raises(DataError): make()
     with pytest.raises(TypeError): CrossEntropyLossFlat(reduce='mean')
+
+# ---- Dice -----------------------------------------------------------------------------------------------------
+MAPS, MASKS = draw(4, 3, 6, 5), classes(3, 4, 6, 5)
+def dice_by_hand(p, y, smooth=1e-6, square=False):
+    "(batch, classes), one picture and class at a time"
+    q = p.double().softmax(1); t = torch.stack([(y == c).double() for c in range(p.shape[1])], 1)
+    return torch.stack([torch.stack([1 - (2*(a*b).sum() + smooth)/(((a**2 if square else a) + b).sum() + smooth) for a, b in zip(*o)]) for o in zip(q, t)]).float()
+@pytest.mark.parametrize('square', [False, True])
+@pytest.mark.parametrize('smooth', [1e-6, 1.])
+def test_dice_by_its_formula(square, smooth):
+    y = MASKS.clamp(max=1); want = dice_by_hand(MAPS, y, smooth, square); f = partial(DiceLoss, smooth=smooth, square_in_union=square)         # class 2 is nowhere
+    same(f()(MAPS, y), want.sum()); same(f(reduction='mean')(MAPS, y), want.mean()); same(f(reduction='none')(MAPS, y), want); same(f()(MAPS, y[:, None]), want.sum()); same(f(axis=-1)(MAPS.movedim(1, -1), y), want.sum())
+    same(DiceLoss(1, smooth, 'mean', square)(MAPS, y.int()), want.mean())
+    deep, voxels = draw(2, 3, 4, 5, 6), classes(3, 2, 4, 5, 6); same(f()(deep, voxels), dice_by_hand(deep, voxels, smooth, square).sum())
+def test_dice_weights_and_what_is_ignored():
+    w, each = torch.tensor([1., 2, 5]), dice_by_hand(MAPS, MASKS); holes = MASKS.clone(); holes[:, 2:4] = 255; kept = [0, 1, 4, 5]
+    same(DiceLoss(weight=w)(MAPS, MASKS), (each*w).sum()); same(DiceLoss(weight=[1, 2, 5], reduction='mean')(MAPS, MASKS), (each*w).sum()/(4*8)); same(DiceLoss(weight=w, reduction='none')(MAPS, MASKS), each*w)
+    same(DiceLoss(weight=2., reduction='mean')(MAPS, MASKS), each.mean()); same(DiceLoss(ignore_index=255)(MAPS, holes), DiceLoss()(MAPS[:, :, kept], MASKS[:, kept])); same(DiceLoss(ignore_index=0, reduction='none')(MAPS, MASKS)[:, 0], torch.ones(4))
+def test_dice_in_half_precision_and_its_slopes():
+    p = MAPS.half().requires_grad_(); loss = DiceLoss()(p, MASKS); assert loss.dtype == torch.float32; same(loss, DiceLoss()(MAPS.half().float(), MASKS)); loss.backward(); assert p.grad.dtype == torch.float16 and p.grad.abs().sum() > 0
+    p = torch.zeros(1, 2, 4, 4, requires_grad=True); y = torch.zeros(1, 4, 4).long(); y[0, 0] = 1
+    for _ in range(60): g, = torch.autograd.grad(DiceLoss()(p, y), p); p = (p - 20*g).detach().requires_grad_()
+    assert torch.equal(p.argmax(1), y) and DiceLoss()(p, y) < .05                              # it leads to the target
+def test_dice_state_and_activation():
+    f = DiceLoss(weight=[1, 2, 3]); assert set(f.state_dict()) == {'weight'}; same(f.activation(MAPS), MAPS.softmax(1)); assert torch.equal(f.decodes(MAPS), MAPS.argmax(1)); same(pickle.loads(pickle.dumps(f))(MAPS, MASKS), f(MAPS, MASKS))
+def test_dice_says_what_is_wrong():
+    for f, p, y, word in ((DiceLoss(), MAPS, MASKS[:-1], 'do not pair'), (DiceLoss(), MAPS, MASKS.float(), 'class numbers'), (DiceLoss(), draw(6, 3), classes(3, 6), 'height, width'), (DiceLoss(), MAPS, MASKS + 1, 'class 3, and the model has 3'),
+                          (DiceLoss(weight=[1, 2]), MAPS, MASKS, '2 values and the model 3'), (DiceLoss(reduction='all'), MAPS, MASKS, 'all'), (DiceLoss(ignore_index=9), MAPS, MASKS + 1, 'class 3')):
+        with pytest.raises(DataError, match=word): f(p, y)
+def test_an_axis_that_is_not_there():
+    for f in (CrossEntropyLossFlat(axis=1), FocalLossFlat(axis=2)):
+        with pytest.raises(DataError, match='no axis'): f(draw(4), classes(2, 4))
+
+# ---- outputs of the right kind --------------------------------------------------------------------------------
+def ends(*layers): return nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3), *layers)
+class Functional(nn.Module):
+    "The classic first network, whose activation is a function"
+    def __init__(self, act): super().__init__(); self.lin, self.drop, self.name = nn.Linear(6, 3), nn.Dropout(), act
+    def forward(self, x): return {'log': F.log_softmax, 'soft': F.softmax, 'none': lambda x, dim: x}[self.name](self.lin(x), dim=1)
+class LogNet(nn.Module):
+    def __init__(self): super().__init__(); self.lin = nn.Linear(6, 3)
+    def forward(self, x): return F.log_softmax(self.lin(x), dim=1)
+NLL = [nn.NLLLoss(), F.nll_loss, partial(F.nll_loss, reduction='sum')]
+LOGITS = [nn.CrossEntropyLoss(), F.cross_entropy, partial(F.cross_entropy, label_smoothing=.1), CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), DiceLoss(), nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits,
+          BCEWithLogitsLossFlat(), CategoryBlock(vocab=list('abc')).loss, MultiCategoryBlock(vocab=list('abc')).loss, MaskBlock(codes=list('abc')).loss]
+@pytest.mark.parametrize('loss', NLL)
+def test_logits_for_nll(loss):
+    for model in (ends(), ends(nn.Softmax(1)), ends(nn.LogSoftmax(1), nn.Linear(3, 3)), ends(nn.Dropout(), nn.Flatten())):
+        with pytest.raises(TrainingError, match='NLLLoss wants the logarithms.*CrossEntropyLossFlat'): check_loss(model, loss)
+    for model in (ends(nn.LogSoftmax(1)), ends(nn.LogSoftmax(1), nn.Dropout(), nn.Identity(), nn.Flatten()), LogNet(), nn.Sequential(LogNet())): check_loss(model, loss)
+@pytest.mark.parametrize('loss', LOGITS)
+@pytest.mark.parametrize('act', [nn.Softmax(1), nn.LogSoftmax(1), nn.Sigmoid(), nn.Softmax2d(), nn.LogSigmoid()])
+def test_activated_outputs_for_a_loss_of_logits(loss, act):
+    for model in (ends(act), ends(nn.Sequential(act), nn.Flatten())):
+        with pytest.raises(TrainingError, match=f'wants logits.*ends in {type(act).__name__}.*Leave it out'): check_loss(model, loss)
+    for model in (ends(), ends(act, nn.Linear(3, 3)), ends(nn.ReLU())): check_loss(model, loss)
+def test_losses_that_want_what_they_get():
+    for loss in (nn.BCELoss(), nn.MSELoss(), MSELossFlat(), L1LossFlat(), F.mse_loss, RegressionBlock(n_out=1).loss, lambda p, y: p.sum(), nn.PoissonNLLLoss(), nn.GaussianNLLLoss()):
+        for model in (ends(), ends(nn.Sigmoid()), ends(nn.LogSoftmax(1)), nn.Identity()): check_loss(model, loss)
+def test_outputs_have_the_last_word():
+    x = draw(8, 6)
+    def check(model, loss): model.eval(); check_loss(model, loss, model(x))
+    check(Functional('log'), nn.NLLLoss()); check(Functional('none'), CrossEntropyLossFlat()); check(ends(), BCEWithLogitsLossFlat())
+    for name in ('none', 'soft'):
+        with pytest.raises(TrainingError, match='logarithms'): check(Functional(name), nn.NLLLoss())
+    for name in ('log', 'soft'):
+        with pytest.raises(TrainingError, match='the model gives .*probabilities'): check(Functional(name), CrossEntropyLossFlat())
+    with pytest.raises(TrainingError, match='Sigmoid'): check(ends(nn.Sigmoid()), nn.BCEWithLogitsLoss())
+    unused = ends(nn.Softmax(1), nn.Sigmoid()); check_loss(unused, nn.CrossEntropyLoss(), draw(8, 3))       # registered, and left out by forward
+    check_loss(ends(nn.Softmax(1)), nn.CrossEntropyLoss(), draw(8, 3)); check_loss(ends(), CrossEntropyLossFlat(), torch.zeros(8, 3)); check_loss(ends(), nn.CrossEntropyLoss(), (draw(2, 3), draw(2, 3)))
+def test_outputs_on_another_axis():
+    check_loss(ends(), nn.NLLLoss(), MAPS.log_softmax(1)); check_loss(ends(), CrossEntropyLossFlat(axis=1), MAPS)
+    for loss, p in ((CrossEntropyLossFlat(axis=1), MAPS.softmax(1)), (CrossEntropyLossFlat(), MAPS.softmax(-1)), (nn.CrossEntropyLoss(), MAPS.softmax(1).half())):
+        with pytest.raises(TrainingError, match='gives probabilities'): check_loss(ends(), loss, p)

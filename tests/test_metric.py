@@ -4,7 +4,7 @@ import torchmetrics as tm
 from sklearn import metrics as skm
 from blocks.core import DataError, TrainingError
 from blocks.train.loss import CrossEntropyLossFlat
-from blocks.train.metric import Metric, accuracy, accuracy_multi, as_metric, error_rate, is_lower_better, mae, mse, rmse, top_k_accuracy, unique_names
+from blocks.train.metric import Metric, accuracy, accuracy_multi, as_metric, error_rate, exp_rmspe, is_lower_better, mae, mse, msle, rmse, top_k_accuracy, unique_names
 
 G = torch.Generator().manual_seed(0)
 PRED, Y = torch.randn(103, 4, generator=G), torch.randint(0, 4, (103,), generator=G)
@@ -38,6 +38,16 @@ def test_differences():
     a, b = torch.randn(50, 3, generator=G).double(), torch.randn(50, 3, generator=G).double()
     near(mse(a, b), skm.mean_squared_error(b, a)); near(rmse(a, b), skm.root_mean_squared_error(b.flatten(), a.flatten())); near(mae(a, b), skm.mean_absolute_error(b, a))
     near(mae(a[:, :1], b[:, 0]), (a[:, 0] - b[:, 0]).abs().mean())                            # (n, 1) and (n,) pair, they are not crossed
+def test_logarithms():
+    a, b = torch.rand(50, 3, generator=G).double()*9, torch.rand(50, 3, generator=G).double()*9
+    near(msle(a, b), skm.mean_squared_log_error(b, a)); near(exp_rmspe(a, b), (((b.exp() - a.exp())/b.exp())**2).mean().sqrt()); assert torch.isnan(msle(a - 20, b))
+    assert exp_rmspe(torch.tensor([100.]), torch.tensor([100.])) == 0                         # exp(100) is more than float32 holds
+def test_what_is_ignored_does_not_count():
+    known = Y != 2
+    for f in (accuracy, error_rate, functools.partial(top_k_accuracy, k=2)): near(f(PRED, Y, ignore_index=2), f(PRED[known], Y[known])); near(gather(functools.partial(f, ignore_index=2), PRED, Y), f(PRED[known], Y[known]))
+    assert np.isnan(gather(functools.partial(accuracy, ignore_index=1), PRED, Y*0 + 1))
+def test_half_precision_answers():
+    p = (torch.randn(5000, generator=G)*.01).half(); near(accuracy_multi(p, p > 0), 1)
 @pytest.mark.parametrize('f', [mse, rmse, mae])
 def test_differences_of_half_and_integers_are_taken_in_float32(f):
     a, b = torch.randn(5000, generator=G).bfloat16() + 100, torch.arange(5000)%7
@@ -67,9 +77,23 @@ def test_reset_forgets_and_nothing_is_none():
         m.accumulate(PRED, PRED.softmax(1), (Y + 1)%4); m.reset(); assert m.value is None
         near(gather(m, PRED, Y), accuracy(PRED, Y))
 def test_what_is_kept_hangs_on_no_graph():
-    m = as_metric(accuracy); p = PRED.clone().requires_grad_(); m.accumulate(p*2, None, Y); assert not m.preds[0].requires_grad
+    m = as_metric(lambda p, t: 0.); p = PRED.clone().requires_grad_(); m.accumulate(p*2, None, Y); assert not m.preds[0].requires_grad
+    m = as_metric(mse); m.accumulate(p[:, 0]*2, None, Y); assert not m.means[0].requires_grad
+@pytest.mark.parametrize('f', [accuracy, error_rate, functools.partial(top_k_accuracy, k=2), functools.partial(accuracy, axis=1), functools.partial(accuracy, ignore_index=2)])
+@pytest.mark.parametrize('bs', [1, 10, 64])
+def test_means_over_entries_keep_no_outputs(f, bs):
+    near(gather(f, PRED, Y, bs), f(PRED, Y)); m = as_metric(f); m.accumulate(PRED, None, Y); assert sum(t.numel() for o in vars(m).values() if isinstance(o, list) for t in o if isinstance(t, torch.Tensor)) == 1
+@pytest.mark.parametrize('f', [mse, rmse, mae, msle, exp_rmspe, accuracy_multi])
+@pytest.mark.parametrize('bs', [1, 10, 64])
+def test_means_of_values_over_unequal_batches(f, bs):
+    a, b = torch.rand(103, 3, generator=G), torch.rand(103, 3, generator=G); near(gather(f, a, b > .5 if f is accuracy_multi else b, bs), f(a, b > .5 if f is accuracy_multi else b))
 @pytest.mark.parametrize('result', [.25, torch.tensor(.25), torch.tensor([.25]), np.float32(.25), np.array([.25])])
 def test_one_number_of_any_kind(result): assert gather(lambda p, t: result, PRED, Y) == .25
+
+def test_a_metric_can_be_called():
+    m = as_metric(f1); near(m(PRED, Y), f1(PRED, Y)); assert type(m(PRED, Y)) is float; near(as_metric(accuracy)(PRED.numpy(), Y.numpy()), accuracy(PRED, Y)); near(as_metric(tm.AUROC(task='multiclass', num_classes=4))(PRED, Y, act=PRED.softmax(1)), skm.roc_auc_score(Y, PRED.softmax(1), multi_class='ovr'))
+    m.accumulate(PRED, None, (Y + 1)%4); near(m(PRED, Y), f1(PRED, Y)); assert m.value is None              # what was gathered is forgotten, before and after
+    with pytest.raises(DataError, match='2 values'): as_metric(lambda p, t: torch.zeros(2))(PRED, Y)
 
 # ---- torchmetrics ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('average', ['macro', 'micro', 'weighted'])
@@ -138,9 +162,9 @@ def test_unique_names():
     class N:
         def __init__(self, name): self.name = name
     assert unique_names([N(n) for n in ('a', 'b', 'a', 'a_2', 'a')]) == ['a', 'b', 'a_2', 'a_2_2', 'a_3'] and unique_names([]) == []
-@pytest.mark.parametrize('name', ['train_loss', 'valid_loss', 'error_rate', 'mse', 'rmse', 'mae', 'exp_rmspe', 'perplexity', 'hamming_loss', 'multiclass_hamming_distance', 'calibration_error', 'MulticlassCalibrationError',
+@pytest.mark.parametrize('name', ['train_loss', 'valid_loss', 'error_rate', 'mse', 'rmse', 'mae', 'msle', 'exp_rmspe', 'brier_score_loss', 'expected_calibration_error', 'dice_loss', 'brier_score_loss_cat', 'perplexity', 'hamming_loss', 'multiclass_hamming_distance', 'calibration_error', 'MulticlassCalibrationError',
     'mean_squared_error', 'MSE', 'rmse_2', 'CrossEntropyLossFlat', 'cross_entropy', 'brier_score', 'valid_mae'])
 def test_lower_is_better(name): assert is_lower_better(name)
 @pytest.mark.parametrize('name', ['accuracy', 'accuracy_multi', 'top_k_accuracy_2', 'f1', 'F1Score', 'binary_auroc', 'roc_auc', 'dice', 'DiceMulti', 'jaccard', 'iou', 'precision', 'recall', 'r2_score', 'cohen_kappa', 'matthews_corrcoef',
-    'explained_variance', 'foreground_acc', 'specificity', 'my_thing', 'mseed', 'camera_accuracy'])
+    'explained_variance', 'foreground_acc', 'specificity', 'my_thing', 'mseed', 'camera_accuracy', 'f1_score_hair loss', 'valid_recall_score_mae', 'roc_auc_score_error', 'dice_multi_distance', 'jaccard_coeff_multi_loss', 'matthews_corrcoef', 'pearsonr', 'spearmanr', 'average_precision_score'])
 def test_higher_is_better(name): assert not is_lower_better(name)
