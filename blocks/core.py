@@ -63,11 +63,22 @@ def require(
 
 # %% ../nbs/00_core.ipynb #037d6558
 def default_device():
-    "The fastest `torch.device` of this machine: CUDA, else MPS, else CPU"
+    "The fastest `torch.device` of this machine: CUDA, else MPS, else CPU. Of several processes started by torchrun, each has a CUDA device of its own; MPS cannot be shared"
     import torch
-    if torch.cuda.is_available(): return torch.device('cuda', torch.cuda.current_device())
-    if torch.backends.mps.is_available(): return torch.device('mps')
+    if torch.cuda.is_available(): return torch.device('cuda', _cuda_index())
+    if torch.backends.mps.is_available() and _local_rank() is None: return torch.device('mps')
     return torch.device('cpu')
+
+def _local_rank():
+    "The number of this process on its machine, as torchrun counts them; None for a process that is alone"
+    return int(os.environ['LOCAL_RANK']) if 'LOCAL_RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1 else None
+
+def _cuda_index():
+    import torch
+    rank, there = _local_rank(), torch.cuda.device_count()
+    if rank is None or there == 1: return torch.cuda.current_device()    # with one device, each process may have been shown another one
+    if rank >= there: raise DeviceError(f"process {rank} of this machine has no CUDA device, there are {there}: start as many processes as devices, torchrun --nproc_per_node {there}")
+    return rank
 
 def resolve_device(
     device=None,    # a `torch.device`, its name ('cuda', 'cuda:1', 'mps', 'cpu'), or None for `default_device()`
@@ -82,6 +93,7 @@ def resolve_device(
     if there is not None and (device.index or 0) >= there:
         raise DeviceError(f"device={str(device)!r} was asked for, but this machine has {there} {device.type} device(s); "
                           f"use device={str(default_device())!r}, or leave it out")
+    if device == torch.device('cuda') and _local_rank() is not None: return default_device()      # 'cuda' is a kind; the number is the one of this process
     return device
 
 # %% ../nbs/00_core.ipynb #042eea10

@@ -36,6 +36,8 @@ from blocks.data.augment import (
     mnist_stats,
 )
 from blocks.data.place import Boxes, Points
+from blocks.data.policy import RandAugment, TrivialAugmentWide
+from blocks.data.sound_mask import TimeMask
 
 EVERY = [Flip(), Dihedral(), Rotate(), Zoom(), Warp(), RandomResizedCropGPU(24), Brightness(), Contrast(), Saturation(), Hue(), RandomErasing()]
 
@@ -366,3 +368,43 @@ def test_aug_transforms_are_fastais():
 def test_forgotten_parentheses_are_told_when_the_template_is_made():
     from blocks import DataBlock
     with pytest.raises(DataError, match=r'aug_transforms\(\)'): DataBlock(batch_tfms=aug_transforms)
+
+# ---- a part of a batch ------------------------------------------------------------------------------------------
+def halves(tfms, fields, cuts, seed=0):
+    "The fields after `tfms`, applied to their parts between the `cuts` one by one"
+    total = len(fields[0])
+    parts = [apply_batch_tfms(tfms, tuple(f[a:b].as_subclass(type(f)) for f in fields), stream(seed, 'batch'), rows=(a, total)) for a, b in zip(cuts, cuts[1:])]
+    return [torch.cat([plain(o) for o in p]) for p in zip(*parts)]
+
+@pytest.mark.parametrize('tfms', [
+    *[[t] for t in EVERY], aug_transforms(mult=2, flip_vert=True, batch=True), [TrivialAugmentWide()], [RandAugment(batch=True)], [TimeMask()],
+    [RandomErasing(p=.8, max_count=3), RandAugment(), Hue(), TimeMask(), Flip(size=(16, 20))],
+    [v2.GaussianNoise(), v2.ColorJitter(.5), v2.Resize((9, 9)), TimeMask()]], ids=lambda t: '+'.join(type(o).__name__ for o in t)[:40])
+@pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format])
+def test_rows_of_a_batch_get_what_the_whole_batch_gets(tfms, layout):
+    x = noise(9).contiguous(memory_format=layout).as_subclass(tv_tensors.Image)
+    whole = plain(apply(tfms, x))
+    for cuts in ((0, 5, 9), (0, 1, 2, 9)):
+        out, = halves(tfms, (x,), cuts)
+        assert out.shape == whole.shape and (out - whole).abs().max() < 1e-5                    # rounding: a part may take another way through the arithmetic
+    if not all(getattr(t, 'batch', False) for t in tfms):
+        wrong = torch.cat([plain(apply(tfms, x[a:b].as_subclass(tv_tensors.Image))) for a, b in ((0, 5), (5, 9))])
+        assert (wrong - whole).abs().max() > 1e-3                                               # without rows, the second part is another
+
+def test_rows_hold_for_all_fields():
+    x, mask = noise(6), tv_tensors.Mask(torch.arange(6*21*17).reshape(6, 21, 17) % 7)
+    points = (torch.rand(6, 4, 2, generator=torch.Generator().manual_seed(0))*2 - 1).as_subclass(Points)
+    boxes = torch.cat([plain(points)[:, :2] - .1, plain(points)[:, :2] + .1, torch.ones(6, 2, 1)], -1).as_subclass(Boxes)
+    tfms, fields = [*aug_transforms(flip_vert=True, p_affine=1.), RandomErasing(), negative_noise], (x, mask, points, boxes, tv_tensors.Image(plain(x).flip(0)))
+    for one, both in zip(apply_batch_tfms(tfms, fields, stream(0, 'batch')), halves(tfms, fields, (0, 2, 6))): assert torch.allclose(plain(one).float(), both.float(), atol=1e-5)
+
+def negative_noise(x): return 1 - x*torch.rand(len(x), 1, 1, 1)
+
+def test_all_rows_is_the_same_bit_for_bit_and_validation_has_none():
+    x, tfms = noise(), [*aug_transforms(mult=2), RandomErasing(), TrivialAugmentWide(), negative_noise]
+    assert torch.equal(plain(apply(tfms, x)), plain(apply(tfms, x, rows=(0, 8))))
+    assert apply(tfms, x, rows=(4, 30), train=False) is x
+
+@pytest.mark.parametrize('rows', [(0, 7), (1, 8), (-1, 9)])
+def test_rows_that_do_not_fit(rows):
+    with pytest.raises(DataError, match='rows='): apply([Flip()], noise(8), rows=rows)

@@ -49,3 +49,23 @@ def test_require_names_the_extra_and_keeps_other_import_errors(tmp_path, monkeyp
     (tmp_path/'broken_module_x.py').write_text('import another_missing_module')
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match='another_missing_module'): core.require('broken_module_x', 'audio')
+
+@pytest.mark.parametrize('env,there,index', [({}, 4, 1), (dict(LOCAL_RANK='2', WORLD_SIZE='4'), 4, 2), (dict(LOCAL_RANK='2', WORLD_SIZE='4'), 1, 1), (dict(LOCAL_RANK='0', WORLD_SIZE='1'), 4, 1)])
+def test_under_torchrun_each_process_takes_the_device_of_its_number(env, there, index, monkeypatch):
+    for k in ('LOCAL_RANK', 'WORLD_SIZE'): monkeypatch.delenv(k, raising=False)
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    for k, v in dict(is_available=True, device_count=there, current_device=1).items(): monkeypatch.setattr(torch.cuda, k, lambda v=v: v)
+    assert core.default_device() == torch.device('cuda', index)
+    assert core.resolve_device('cuda') == (torch.device('cuda') if index == 1 and env.get('WORLD_SIZE') != '4' else torch.device('cuda', index))
+
+def test_more_processes_than_devices_is_a_device_error(monkeypatch):
+    for k, v in dict(LOCAL_RANK='3', WORLD_SIZE='4').items(): monkeypatch.setenv(k, v)
+    for k, v in dict(is_available=True, device_count=2).items(): monkeypatch.setattr(torch.cuda, k, lambda v=v: v)
+    with pytest.raises(core.DeviceError, match='nproc_per_node 2'): core.default_device()
+
+def test_mps_is_not_shared_between_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False); monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    assert core.default_device().type == 'mps'
+    for k, v in dict(LOCAL_RANK='0', WORLD_SIZE='2').items(): monkeypatch.setenv(k, v)
+    assert core.default_device().type == 'cpu'

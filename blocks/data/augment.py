@@ -9,7 +9,7 @@ __all__ = ['imagenet_stats', 'cifar_stats', 'mnist_stats', 'GeometricTfm', 'Flip
 
 # %% ../../nbs/data/04_augment.ipynb #491feeb3
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import fields as _dataclass_fields
 from functools import partial, singledispatch
 from numbers import Integral, Real
@@ -470,16 +470,16 @@ class RandomErasing(_BatchTfm):
         return res
 
 @singledispatch
-def _erase(value, boxes, rng):
-    "`value`, a batch of one kind of data, with noise in the `boxes`; only images change"
+def _erase(value, boxes, rng, first=0):
+    "`value`, a batch of one kind of data whose row 0 has the number `first` in `boxes`, with noise in the boxes; only images change"
     return value
 
 @_erase.register
-def _(value: tv_tensors.Image, boxes, rng):
+def _(value: tv_tensors.Image, boxes, rng, first=0):
     x = _unit(value.as_subclass(torch.Tensor)).clone(memory_format=torch.channels_last)    # never into the caller's own batch
     for i, rows, cols in boxes:
         noise = rng.standard_normal((x.shape[1], rows.stop-rows.start, cols.stop-cols.start), dtype=np.float32)
-        x[i, :, rows, cols] = _to(np.clip(.5 + .25*noise, 0, 1), x)
+        if 0 <= i - first < len(x): x[i - first, :, rows, cols] = _to(np.clip(.5 + .25*noise, 0, 1), x)
     return tv_tensors.wrap(x, like=value)
 
 # %% ../../nbs/data/04_augment.ipynb #5e098795
@@ -504,13 +504,20 @@ class Policy(_BatchTfm):
         raise NotImplementedError
 
 @singledispatch
-def _pixels(value, tfm, rng):
+def _pixels(value, tfm, rng, rows):
     "`value`, a batch of one kind of data, after the `PixelTfm`; only images change"
     return value
 
 @_pixels.register
-def _(value: tv_tensors.Image, tfm, rng):
-    return tv_tensors.wrap(tfm.apply(_unit(value.as_subclass(torch.Tensor)), rng).contiguous(memory_format=torch.channels_last), like=value)
+def _(value: tv_tensors.Image, tfm, rng, rows):
+    x = _as_rows(lambda x: tfm.apply(x, rng), _unit(value.as_subclass(torch.Tensor)), rows)
+    return tv_tensors.wrap(x.contiguous(memory_format=torch.channels_last), like=value)
+
+def _as_rows(f, x, rows):
+    "`f(x)` for images `x` that are the `rows` (start, total) of a batch that `f` expects whole: repeats stand in for the images that are not here"
+    start, total = rows
+    if len(x) == total: return f(x)
+    return f(x[torch.arange(-start, total-start, device=x.device) % len(x)])[start:start+len(x)]
 
 # %% ../../nbs/data/04_augment.ipynb #455af3ba
 imagenet_stats = (.485, .456, .406), (.229, .224, .225)
@@ -565,23 +572,25 @@ def _moves(tfm):
     if not type(tfm).__module__.startswith('torchvision.'): return False
     return getattr(v2, type(tfm).__name__, v2.Lambda).__module__.endswith('._geometry') or any(map(_moves, getattr(tfm, 'transforms', ())))
 
-def _call(tfm, fields, n, rng):
+def _call(tfm, fields, rows, rng):
     "`fields` with their images after the user's own `tfm`, which draws the same for all of them"
     placed = next((type(f).__name__ for f in fields if isinstance(f, (tv_tensors.Mask, Points, Boxes))), None)
     if placed and _moves(tfm): raise DataError(f'batch_tfms: {tfm!r} would move the images and leave their {placed} behind: put it into item_tfms, or use Flip, Rotate, … or a GeometricTfm of your own')
     seed, res = int(rng.integers(2**32)), []
     for f in fields:
-        with seeded(stream(seed)): res.append(_called(tfm, f, n) if isinstance(f, tv_tensors.Image) else f)
+        with seeded(stream(seed)): res.append(_called(tfm, f, rows) if isinstance(f, tv_tensors.Image) else f)
     sizes = {tuple(f.shape[-2:]) for f in res if isinstance(f, (tv_tensors.Image, tv_tensors.Mask))}
     if placed and len(sizes) > 1: raise DataError(f'batch_tfms: {tfm!r} changed the size of the images, and their masks kept theirs: give size= to a transform here, as in Flip(size=…)')
     return tuple(res)
 
-def _called(tfm, value, n):
+def _called(tfm, value, rows):
     "A batch of images after the user's own `tfm`"
-    out = tfm(tv_tensors.wrap(_unit(value.as_subclass(torch.Tensor)), like=value))
-    if isinstance(out, torch.Tensor) and out.ndim == 4 and len(out) == n: return tv_tensors.wrap(out.as_subclass(torch.Tensor), like=value)
-    raise DataError(f'batch_tfms: {tfm!r} was given {n} images and should return as many (a tensor of 4 dimensions), got '
-                    + (f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else f'{type(out).__name__}'))
+    def checked(x):
+        out = tfm(tv_tensors.wrap(x, like=value))
+        if isinstance(out, torch.Tensor) and out.ndim == 4 and len(out) == len(x): return out.as_subclass(torch.Tensor)
+        raise DataError(f'batch_tfms: {tfm!r} was given {len(x)} images and should return as many (a tensor of 4 dimensions), got '
+                        + (f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else f'{type(out).__name__}'))
+    return tv_tensors.wrap(_as_rows(checked, _unit(value.as_subclass(torch.Tensor)), rows), like=value)
 
 @singledispatch
 def _fit_size(value, size, part, hw):
@@ -611,6 +620,7 @@ def apply_batch_tfms(
     fields,        # tuple of batches; `tv_tensors.Image` (n, channels, height, width), uint8 or float from 0 to 1, are changed; `tv_tensors.Mask` (n, height, width), `Points` and `Boxes` follow their geometry
     rng,           # a `np.random.Generator`, e.g. `stream(seed, 'batch', epoch, index)`; not touched on validation
     train=True,    # False for validation: nothing random
+    rows=None,     # (start, total): `fields` are the rows from `start` on of a batch of `total`, and get what they would get as a part of it; None: they are the whole batch
 ):
     """`fields` after the batch transforms, as a tuple; the draws are made once and followed by all fields.
 
@@ -620,7 +630,8 @@ def apply_batch_tfms(
     image = next((f for f in fields if isinstance(f, tv_tensors.Image)), None)
     if image is None: return fields
     if image.ndim != 4: raise DataError(f'apply_batch_tfms: expected a batch of images (n, channels, height, width), got shape {tuple(image.shape)}')
-    n, hw = len(image), tuple(image.shape[-2:])
+    start, n = rows = _checked_rows(rows, len(image))
+    hw, here = tuple(image.shape[-2:]), slice(start, start+len(image))
     if train: tfms = [o for t in tfms for o in (t.expand(rng, n) if isinstance(t, Policy) else [t])]
     kinds = GeometricTfm, LightingTfm, RandomErasing
     geometric, lighting, erasing = ([t for t in tfms if isinstance(t, k)] for k in kinds)
@@ -629,18 +640,29 @@ def apply_batch_tfms(
         part = crop.middle(*hw) if crop else (slice(0, hw[0]), slice(0, hw[1]))
         return tuple(_fit_size(f, size, part, hw) for f in fields) if size else fields
     if geometric:
-        geometry = _draw_geometry(geometric, rng, n, hw); hw = geometry.size
+        geometry = _part(_draw_geometry(geometric, rng, n, hw), here); hw = geometry.size
         fields = tuple(_resample(f, geometry) for f in fields)
     if lighting:
-        light = _draw_light(lighting, rng, n)
+        light = _part(_draw_light(lighting, rng, n), here)
         fields = tuple(_relight(f, light) for f in fields)
     for t in tfms:
-        if isinstance(t, PixelTfm): fields = tuple(_pixels(f, t, rng) for f in fields)
-        elif not isinstance(t, kinds): fields = _call(t, fields, n, rng)
+        if isinstance(t, PixelTfm): fields = tuple(_pixels(f, t, rng, rows) for f in fields)
+        elif not isinstance(t, kinds): fields = _call(t, fields, rows, rng)
     for t in erasing:
         boxes = t.boxes(rng, n, *hw)
-        fields = tuple(_erase(f, boxes, rng) for f in fields)
+        fields = tuple(_erase(f, boxes, rng, start) for f in fields)
     return fields
+
+def _checked_rows(rows, here):
+    "(start, total) of a batch of which `here` images are present; raises `DataError` where they do not fit"
+    if rows is None: return 0, here
+    start, total = map(int, rows)
+    if start < 0 or start + here > total: raise DataError(f'apply_batch_tfms: {here} images from row {start} on do not fit into a batch of {total}, rows={rows!r}')
+    return start, total
+
+def _part(drawn, here):
+    "What was drawn for a whole batch, a `_Geometry` or a `_Light`, for the rows `here`, a slice"
+    return replace(drawn, **{k: v[here] for k, v in vars(drawn).items() if isinstance(v, np.ndarray)})
 
 # %% ../../nbs/data/04_augment.ipynb #3ee257a1
 def aug_transforms(
