@@ -30,7 +30,7 @@ from blocks.data.augment import (
 from blocks.data.block import ImageBlock
 from blocks.data.frame import CropPad, Frame, FrameDraw, RandomCrop, RandomResizedCrop, RatioResize, Resize
 from blocks.data.loader import seeded
-from blocks.data.place import BBoxBlock, BBoxLblBlock, Boxes, MaskBlock, PointBlock, Points, merge_boxes
+from blocks.data.place import BBoxBlock, BBoxLblBlock, Boxes, Detection, MaskBlock, PointBlock, Points, SourceBlock, merge_boxes
 
 IMAGE = ImageBlock('L')
 def plain(x): return x.as_subclass(torch.Tensor)
@@ -426,6 +426,39 @@ def test_a_model_that_gives_no_rows_of_boxes_is_told_the_form():
     for pred, said in ((torch.zeros(3, 4), r'\(3, 4\)'), ([{}], 'a list')):
         with pytest.raises(TrainingError, match=said + r'.*\(pictures, k, 5\)'): BBoxBlock(['a']).activate(pred)
 
+FOUND = torch.tensor([[-.5, -.5, .5, 1, .9, 1], [0, 0, .2, .3, .5, 0], [0, 0, 1, 1, .49, 0], [0, 0, 0, 0, 0, -1]])
+def test_what_is_found_has_a_score_and_below_it_nothing_is_decided():
+    block = BBoxBlock(['x', 'y'])
+    assert block.decode(FOUND) == [Detection('y', pytest.approx(.9), (-.5, -.5, .5, 1)), Detection('x', .5, (0, 0, pytest.approx(.2), pytest.approx(.3)))]
+    assert block.decide(FOUND)[:, 4].tolist() == [1, 0, -1, -1] and block.decide(FOUND[None]).shape == (1, 4, 5) and block.decide(FOUND)[2].tolist() == [0, 0, 0, 0, -1]
+    assert torch.equal(block.decide(block.decide(FOUND)), block.decide(FOUND)) and len(BBoxBlock(['x', 'y'], min_score=.4).decode(FOUND)) == 3
+    assert torch.equal(block.activate(torch.cat([FOUND, torch.ones(4, 3)], 1)[None]), FOUND[None]) and merge_boxes(BBoxBlock(min_score=.2), BBoxLblBlock()).min_score == .2
+    with pytest.raises(DataError, match='min_score'): BBoxBlock(min_score=2)
+
+def test_batches_of_different_numbers_of_boxes_are_joined():
+    block = BBoxBlock(['x', 'y'])
+    batches = [block.collate([block.read(raw, whole(10, 10)) for raw in raws]) for raws in ([([A], ['y']), []], [[]], [([A, B], ['x', 'y'])])]
+    joined = block.join(batches)
+    assert joined.shape == (4, 2, 5) and [block.decode(o) for o in joined] == [block.decode(o) for b in batches for o in b]
+
+@pytest.mark.parametrize('batch_tfms', [[], [RandomResizedCropGPU(56, .4, valid_scale=.9)], [Flip(1., size=(50, 70))]], ids=str)
+@pytest.mark.parametrize('tfm', [None, v2.Resize((60, 52)), v2.CenterCrop(60), v2.Pad(7), v2.RandomHorizontalFlip(1.), v2.RandomRotation((90, 90), expand=True)], ids=str)
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
+def test_boxes_find_back_to_the_source_whatever_was_done(geometry, tfm, batch_tfms):
+    blocks, box, draw = (IMAGE, BBoxBlock(['disc']), SourceBlock()), (70., 50., 82., 66.), FrameDraw(geometry)
+    sample = tuple(b.read(raw, draw) for b, raw in zip(blocks, (np.zeros((H, W), np.uint8), ([box], ['disc']), None)))
+    if tfm: sample = tfm(*sample)
+    batch = apply_batch_tfms(tuple(batch_tfms), tuple(b.collate([v]) for b, v in zip(blocks, sample)), None, train=False)
+    _, found, source = (b.prepare(o)[0] for b, o in zip(blocks, batch))
+    (label, back), = blocks[1].decode(found, source)
+    assert label == 'disc' and np.allclose(back, box, atol=.05)
+
+def test_a_box_in_the_padding_ends_at_the_edge_of_the_source():
+    draw = FrameDraw([Resize((64, 80), 'pad', 'zeros')]); IMAGE.read(np.zeros((4000, 1000), np.uint8), draw)
+    source = SourceBlock().collate([SourceBlock().read(None, draw)])[0]
+    (_, _, box), = BBoxBlock(['a']).decode(torch.tensor([[-1, -1, 1, 1, 1, 0.]]), source)
+    assert np.allclose(box, (0, 0, 1000, 4000), atol=.05)
+
 # ---- saved, shown ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('block', [MaskBlock(['a', 'b'], 255), MaskBlock(), PointBlock(3), BBoxBlock(['a']), BBoxBlock(add_na=True)], ids=repr)
 def test_fields_are_all_that_is_saved(block):
@@ -455,6 +488,9 @@ def test_places_are_shown_on_the_pixels_of_the_picture(ax):
     BBoxBlock(['cat']).show([('cat', (-1, -1, 0, 1))], ax)
     r = ax.patches[0]
     assert np.allclose([*r.get_xy(), r.get_width(), r.get_height()], [-.5, -.5, 20, 20]) and ax.texts[0].get_text() == 'cat'
+    BBoxBlock(['cat']).show([Detection('cat', .874, (10, 5, 30, 15))], ax, pixels=True)
+    r = ax.patches[1]
+    assert np.allclose([*r.get_xy(), r.get_width(), r.get_height()], [9.5, 4.5, 20, 10]) and ax.texts[1].get_text() == 'cat 0.87'
     block = MaskBlock(['a', 'b', 'c'], ignore_index=255)
     mask = np.full((10, 20), 255); mask[:5] = 2
     block.show(mask, ax)

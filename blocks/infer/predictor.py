@@ -20,6 +20,7 @@ from ..core import DataError, ExportError, MissingExtraError, as_list, require, 
 from ..data.augment import apply_batch_tfms
 from ..data.frame import FrameDraw
 from ..data.loader import Samples, apply_item_tfms, for_split, input_loader, read_error
+from ..data.place import SourceBlock
 from ..model.head import VisionModel, build_vision_model
 
 # %% ../../nbs/infer/20_predictor.ipynb #947b5ca3
@@ -46,6 +47,10 @@ class Predictor:
         "The block of the target"
         return self.blocks[self.n_inp]
     @property
+    def seen(self):
+        "The blocks that are read for a prediction: the inputs, and for boxes where the source picture lies"
+        return (*self.blocks[:self.n_inp], *([SourceBlock()] if getattr(self.target, 'in_source', False) else []))
+    @property
     def vocab(self): return L(self.target.vocab) if getattr(self.target, 'vocab', None) is not None else None
     @property
     def dls(self):
@@ -57,8 +62,9 @@ class Predictor:
         topk=None,    # give the so many likeliest labels instead
     ):
         "(decoded prediction, its tensor, probabilities) for one item; for a category (label, index, probabilities). With `topk` a list of (label, probability), the likeliest first"
-        act = self.activated(self._inputs(item))[0].cpu()
-        return self.decode(act) if topk is None else self._top(act, topk)
+        xb = self._inputs(item)
+        act = self.activated(xb[:self.n_inp])[0].cpu()
+        return self.decode(act, *(o[0].cpu() for o in xb[self.n_inp:])) if topk is None else self._top(act, topk)
 
     def _inputs(self, item): return self._prepare(self.read(item if self.n_inp > 1 else (item,)))
 
@@ -71,7 +77,7 @@ class Predictor:
         "Draw the picture as the model sees it, and a bar for each of its `topk` likeliest classes; returns the two axes"
         import matplotlib.pyplot as plt
         xb = self._inputs(item)
-        top = self._top(self.activated(xb)[0].cpu(), topk)
+        top = self._top(self.activated(xb[:self.n_inp])[0].cpu(), topk)
         _, (left, right) = plt.subplots(1, 2, figsize=figsize or (6, 2.6), layout='constrained')
         self.blocks[0].show(xb[0][0], left)
         right.barh([str(o) for o, _ in top], [p for _, p in top])
@@ -81,29 +87,30 @@ class Predictor:
     def read(self, items):
         "The tensors of one sample"
         frame, values = FrameDraw(self.geometries), []
-        for block, raw in zip(self.blocks, items):
+        for block, raw in zip(self.seen, (*items, None)):
             try: values.append(block.read(raw, frame))
             except Exception as e: raise read_error(block, raw, e, building=False) from e
         return apply_item_tfms(self.tfms, tuple(values))
 
     def _prepare(self, sample):
-        batch = tuple(b.collate([v]).to(self.device) for b, v in zip(self.blocks, sample))
-        batch = tuple(v if b.kind is None else v.as_subclass(b.kind) for b, v in zip(self.blocks, batch))
+        batch = tuple(b.collate([v]).to(self.device) for b, v in zip(self.seen, sample))
+        batch = tuple(v if b.kind is None else v.as_subclass(b.kind) for b, v in zip(self.seen, batch))
         batch = apply_batch_tfms(self.batch_tfms, batch, None, train=False) if self.batch_tfms else batch
-        return tuple(b.prepare(o) for b, o in zip(self.blocks, batch))
+        return tuple(b.prepare(o) for b, o in zip(self.seen, batch))
 
     def activated(self, xb):
         "Activated predictions (probabilities, for classes) for a prepared batch of inputs, in 32 bits"
         with torch.inference_mode(): return self.target.activate(self.model(*xb).float())
 
-    def decode(self, act):
-        "What `predict` returns, from the activated prediction of one item"
-        label = self.target.decode(act)
-        return label, self.target.decide(act), act
+    def decode(self, act, *source):
+        "What `predict` returns, from the activated prediction of one item, and for boxes where its source picture lies"
+        return self.target.decode(act, *source), self.target.decide(act), act
 
     def loader(self, items, bs=64, num_workers=None):
         "A loader of inputs only, in the order of `items`"
-        samples = Samples(((),)*len(self.blocks), self.blocks, self.geometries, self.tfms, self.n_inp)
+        k, items = len(self.seen), list(items)
+        if k > self.n_inp: items = [(*(o if self.n_inp > 1 else (o,)), None) for o in items]
+        samples = Samples(((),)*k, self.seen, self.geometries, self.tfms, k)
         return input_loader(samples, items, bs=bs, num_workers=num_workers, device=self.device, batch_tfms=self.batch_tfms)
 
     def predict_batch(self,
@@ -113,8 +120,9 @@ class Predictor:
     ):
         "`Predictions` for `items`, in their order"
         items = list(items)
-        acts = [self.activated(xb).cpu() for xb in self.loader(items, bs, num_workers)] if items else []
-        return Predictions(self, items, torch.cat(acts) if acts else torch.empty(0))
+        n, loader = self.n_inp, self.loader(items, bs, num_workers)
+        got = [(self.activated(xb[:n]).cpu(), *(o.cpu() for o in xb[n:])) for xb in loader] if items else []
+        return Predictions(self, items, *(map(torch.cat, zip(*got)) if got else [torch.empty(0)]))
 
     def get_preds(self, dl):
         "(probabilities, None) for a loader made by `dls.test_dl`, as a learner gives them"
@@ -140,13 +148,13 @@ class _Data:
 # %% ../../nbs/infer/20_predictor.ipynb #86a7dd68
 class Predictions(Sequence):
     "Predictions for many items: a sequence of (label, index, probabilities), and the same as columns"
-    def __init__(self, predictor, items, probs): self.predictor, self.items, self.probs = predictor, items, probs
+    def __init__(self, predictor, items, probs, *sources): self.predictor, self.items, self.probs, self.sources = predictor, items, probs, sources
     def __len__(self): return len(self.items)
-    def __getitem__(self, i): return [self[k] for k in range(*i.indices(len(self)))] if isinstance(i, slice) else self.predictor.decode(self.probs[i])
+    def __getitem__(self, i): return [self[k] for k in range(*i.indices(len(self)))] if isinstance(i, slice) else self.predictor.decode(self.probs[i], *(o[i] for o in self.sources))
     @property
     def labels(self):
         "The decoded predictions, as a list"
-        return [self.predictor.target.decode(p) for p in self.probs]
+        return [self.predictor.target.decode(*o) for o in zip(self.probs, *self.sources)]
     def to_csv(self,
         path,            # the file to write
         columns=None,    # which columns of `to_df`, in order; None for all

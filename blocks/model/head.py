@@ -160,10 +160,13 @@ def build_vision_model(
 
 def _assemble(spec, parts, pretrained, weights):
     "The model of `spec`, with the custom `parts` that it names"
+    if spec['head'] and 'detector' in spec['head']:
+        from blocks.model.detect import build_detector                   # these two stand on this module, so they come when they are asked for
+        return build_detector(spec)
     a = Arch(spec['arch'], spec['source'], parts.get('arch'))
     body = create_body(a, n_in=spec['n_in'], pretrained=pretrained, weights=weights, cut=parts.get('cut') or spec['cut'])
     if spec['head'] and 'unet' in spec['head']:
-        from blocks.model.unet import DynamicUnet                        # it stands on this module, so it comes when it is asked for
+        from blocks.model.unet import DynamicUnet
         return DynamicUnet(body, spec['n_out'], **spec['head']['unet'], mean=spec['mean'], std=spec['std'], spec=spec)
     head = _make_head(spec['head'], parts.get('custom_head'), num_features(body, spec['n_in']), spec['n_out'])
     return VisionModel(body, head, spec['mean'], spec['std'], spec)
