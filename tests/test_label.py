@@ -297,3 +297,23 @@ def test_titles():
     from matplotlib.figure import Figure
     def title(block, value): ax = Figure().subplots(); block.show(value, ax); return ax.get_title()
     assert title(CategoryBlock(), 3) == '3' and title(MultiCategoryBlock(), ['a', 1]) == 'a;1' and title(RegressionBlock(), 1/3) == '0.3333' and title(RegressionBlock(), (1., 2.5)) == '1; 2.5'
+
+# --- temperature
+@pytest.mark.parametrize('block', [CategoryBlock(['a', 'b', 'c']), MultiCategoryBlock(['a', 'b', 'c'])])
+def test_a_temperature_divides_the_scores_and_leaves_the_loss_alone(block):
+    pred = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))*4
+    y = torch.arange(20) % 3 if isinstance(block, CategoryBlock) else (pred > .3).float()
+    warm = replace(block, temperature=3)
+    assert block.temperature == 1. and torch.allclose(warm.activate(3*pred), block.activate(pred)) and not torch.allclose(warm.activate(pred), block.activate(pred))
+    assert torch.equal(warm.decide(warm.activate(pred)), block.decide(block.activate(pred))) and torch.equal(warm.loss(pred, y), block.loss(pred, y))
+    assert reloaded(warm) == warm and type(warm.temperature) is float
+
+@pytest.mark.parametrize('kind', [CategoryBlock, MultiCategoryBlock])
+def test_fields_of_an_older_file_make_a_block_without_temperature(kind):
+    old = {f.name: getattr(kind(['a', 'b']), f.name) for f in fields(kind) if f.name != 'temperature'}
+    assert kind(**old) == kind(['a', 'b']) and kind(**old).temperature == 1.
+
+@pytest.mark.parametrize('bad', [0, -1, float('nan'), float('inf'), 'hot', None])
+@pytest.mark.parametrize('kind', [CategoryBlock, MultiCategoryBlock])
+def test_a_temperature_is_above_zero(kind, bad):
+    with pytest.raises(DataError, match='temperature'): kind(temperature=bad)

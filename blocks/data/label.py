@@ -85,6 +85,13 @@ class _Classes(Block):
         if place is None: raise DataError(f"label {_plain(label)!r} is not one of the {len(self.vocab)} classes ({_some(self.vocab)})")
         return place
 
+    def _checked_temperature(self):
+        "`temperature` as a plain float, for the file"
+        try: t = float(self.temperature)
+        except (TypeError, ValueError): t = float('nan')
+        if not 0 < t < float('inf'): raise DataError(f"{type(self).__name__}(temperature={self.temperature!r}): expected a number above 0; 1 leaves the scores as they are")
+        return t
+
     @property
     def n_out(self): return len(self.vocab)
     def _check_outputs(self, pred):
@@ -130,6 +137,7 @@ class CategoryBlock(_Classes):
     add_na: bool = False      # put '#na#' first, for labels that are missing or not in the vocabulary
     class_names: dict = field(default=None, repr=False)    # raw label → readable name, or the path of a JSON file with that; labels are compared as text, so 21 finds '21'
     weights: object = None    # of the classes in the loss, above 0: 'balanced' (learned by fit), one for each class in order, or a dict label → weight, 1 for the others
+    temperature: float = field(default=1., repr=False)     # `activate` divides the scores by it before the softmax: above 1 less sure, below 1 more; the loss does not know it
     _mend = 'give one label for each item in get_y, or use MultiCategoryBlock for several'
 
     def __post_init__(self):
@@ -137,7 +145,7 @@ class CategoryBlock(_Classes):
         if self.vocab is not None:
             self._set(vocab=self._checked_vocab())
             self._check_names(self.vocab)
-        self._set(weights=self._checked_weights())
+        self._set(weights=self._checked_weights(), temperature=self._checked_temperature())
 
     def fit(self, raws):
         block = self if self.vocab is not None else replace(self, vocab=self._learned(raws))
@@ -196,7 +204,7 @@ class CategoryBlock(_Classes):
         if isinstance(self.weights, str): raise DataError("weights='balanced' are learned from the training labels: fit the block first")
         weight = None if self.weights is None else torch.tensor(self.weights).to(pred.device, non_blocking=True)
         return F.cross_entropy(pred.float(), y, weight, reduction=reduction)
-    def activate(self, pred): return pred.float().softmax(-1)
+    def activate(self, pred): return (pred.float()/self.temperature).softmax(-1)
     def decide(self, act): return act.argmax(-1)
     def decode(self, value):
         "The label, from an index or from probabilities"
@@ -228,12 +236,13 @@ class MultiCategoryBlock(_Classes):
     encoded: bool = False     # raw values are rows of 0 and 1, one for each class
     add_na: bool = False      # put '#na#' first, for labels that are missing or not in the vocabulary
     thresh: float = .5        # a label counts as predicted above this probability; 0 to 1
+    temperature: float = field(default=1., repr=False)     # `activate` divides the scores by it before the sigmoid: above 1 less sure, below 1 more; the loss does not know it
     _mend = 'give one flat list of labels for each item'
 
     def __post_init__(self):
         if self.encoded and self.add_na: raise DataError("MultiCategoryBlock(encoded=True, add_na=True): a row of 0 and 1 has no unknown labels; leave one out")
         if not 0 <= self.thresh < 1: raise DataError(f"thresh={self.thresh!r}: expected a probability, from 0 up and below 1")
-        self._set(thresh=float(self.thresh), vocab=None if self.vocab is None else self._checked_vocab())
+        self._set(thresh=float(self.thresh), temperature=self._checked_temperature(), vocab=None if self.vocab is None else self._checked_vocab())
 
     def fit(self, raws):
         raws = list(raws)
@@ -286,7 +295,7 @@ class MultiCategoryBlock(_Classes):
         self._check_outputs(pred)
         if pred.shape != y.shape: raise DataError(f"predictions of shape {tuple(pred.shape)} and targets of shape {tuple(y.shape)} do not pair: expected a score and a 0 or 1 for each item and class")
         return _reduced(F.binary_cross_entropy_with_logits(pred.float(), y.float(), reduction='none').mean(-1), reduction)
-    def activate(self, pred): return pred.float().sigmoid()
+    def activate(self, pred): return (pred.float()/self.temperature).sigmoid()
     def decide(self, act): return act > self.thresh
     def decode(self, value):
         "The list of labels, from probabilities, or from a row of 0 and 1"
