@@ -29,20 +29,32 @@ _NAMES = {
     'model.arch': 'create_body',
     'model.unet': 'DynamicUnet',
     'infer.predictor': 'Predictions Predictor load_learner',
-    'train.loss': 'BCEWithLogitsLossFlat CrossEntropyLossFlat FocalLossFlat L1LossFlat LabelSmoothingCrossEntropyFlat MSELossFlat',
-    'train.metric': 'Metric accuracy accuracy_multi error_rate mae mse rmse top_k_accuracy',
+    'train.loss': 'BCEWithLogitsLossFlat CrossEntropyLossFlat DiceLoss FocalLossFlat L1LossFlat LabelSmoothingCrossEntropyFlat MSELossFlat',
+    'train.metric': 'Metric accuracy accuracy_multi error_rate exp_rmspe mae mse msle rmse top_k_accuracy',
+    'train.scores': '''APScoreBinary APScoreMulti BalancedAccuracy BrierScore BrierScoreMulti CohenKappa Dice DiceMulti ExpectedCalibrationError ExplainedVariance F1Score
+        F1ScoreMulti FBeta FBetaMulti HammingLoss HammingLossMulti Jaccard JaccardCoeff JaccardCoeffMulti JaccardMulti MatthewsCorrCoef MatthewsCorrCoefMulti MeanIoU
+        PearsonCorrCoef Perplexity Precision PrecisionMulti R2Score Recall RecallMulti RocAuc RocAucBinary RocAucMulti SpearmanCorrCoef foreground_acc per_class perplexity''',
+    'train.optimizer': 'Ranger',
     'train.schedule': 'SchedCos SchedExp SchedLin SchedNo SchedPoly combine_scheds combined_cos',
     'train.callback': '''Callback EarlyStoppingCallback GradientAccumulation GradientClip ReduceLROnPlateau SaveModelCallback ShortEpochCallback TrackerCallback CancelBackwardException CancelBatchException CancelEpochException CancelFitException
         CancelStepException CancelTrainException CancelValidException''',
     'train.recorder': 'ProgressCallback Recorder',
+    'train.logger': 'CSVLogger ShowGraphCallback TensorBoardCallback WandbCallback',
     'train.mix': 'CutMix MixUp',
+    'train.average': 'BnFreeze EMACallback SWACallback',
+    'train.memory': 'ActivationCheckpointing find_batch_size',
+    'train.calibrate': 'calibration_curve find_temperature plot_calibration',
+    'train.checkpoint': 'CheckpointCallback',
     'train.scheduling': 'ParamScheduler TorchScheduler',
     'train.lr_find': 'SuggestionMethod minimum slide steep valley',
     'train.strategy': 'FinetuneStrategy',
     'train.learner': 'Learner',
     'train.vision': 'cnn_learner unet_learner vision_learner',
-    'train.interpret': 'ClassificationInterpretation',
+    'train.detection': 'detection_learner mAP',
+    'train.interpret': 'ClassificationInterpretation Interpretation',
+    'train.gradcam': 'grad_cam plot_gradcam',
     'train.crossval': 'cross_validate',
+    'train.compare': 'compare',
 }
 _HOME = {name: f'blocks.{module}' for module, names in _NAMES.items() for name in names.split()}
 _HOME |= dict.fromkeys('resnet18 resnet34 resnet50 resnet101 resnet152'.split(), 'torchvision.models') | {'L': 'fastcore.foundation', 'Path': 'pathlib'}

@@ -2,24 +2,37 @@
 import math
 import operator
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import nn
 
 from blocks import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
                     CancelValidException, EarlyStoppingCallback, Learner, SaveModelCallback, TrackerCallback, accuracy)
 from blocks.core import TrainingError
+from blocks.data.block import Block
+from blocks.data.datablock import DataBlock
+from blocks.data.label import CategoryBlock
+from blocks.data.source import IndexSplitter
 from blocks.train.callback import EVENTS, GradientAccumulation, GradientClip, ReduceLROnPlateau, ShortEpochCallback, check_callback
 
 
 class At(Callback):
     "Does something at one event, while a condition holds; `seen` lists all events, and is kept to the end"
-    def __init__(self, event, do, when=lambda learn: True): self.event, self.do, self.when, self.seen = event, do, when, []
+    def __init__(self, event, do, when=lambda learn: True, order=0): self.event, self.do, self.when, self.seen, self.order = event, do, when, [], order
     def hear(self, event):
         self.seen.append(event)
         if event == self.event and self.when(self.learn): self.do(self.learn)
 
 for _event in EVENTS:
     if not _event.startswith(('after_cancel', 'after_create')): setattr(At, _event, lambda self, event=_event: self.hear(event))
+
+@dataclass(frozen=True)
+class NumbersBlock(Block):
+    "Inputs that are tensors already, by their name"
+    raws: dict
+    def read(self, raw, frame): return self.raws[raw]
 
 def throw(e):
     def do(learn): raise e
@@ -142,6 +155,35 @@ def test_nan_stops_and_names_epoch_and_step(learn):
     with pytest.raises(TrainingError, match=r'not finite \(nan\) in epoch 1, step 3 of 4') as e: learn.fit(3, cbs=At('after_step', poison, lambda l: l.epoch == 1 and l.iter == 1))
     assert any('step 3 of 4' in note for note in e.value.__notes__) and len(learn.recorder.values) == 1      # the third step is the first that sees the poison
 
+def test_the_last_good_weights_are_back_when_a_step_has_broken_them(learn):
+    kept = {}
+    def note(l): kept.update(weights(l))
+    with pytest.raises(TrainingError, match='last good weights') as e:
+        learn.fit(3, cbs=[At('before_fit', note), At('after_step', poison, lambda l: l.epoch == 0 and l.iter == 1)])
+    assert all(torch.equal(p, kept[k]) for k, p in learn.model.named_parameters()) and 'step 3 of 4' in str(e.value)       # of the first look, before the first step
+    learn.fit(1, 1e-3); assert all(map(math.isfinite, learn.recorder.losses))           # the optimizer has nothing of it left
+
+def test_weights_broken_by_the_last_step_of_an_epoch_are_found(learn):
+    with pytest.raises(TrainingError, match='weights are not finite.*epoch 0, step 4 of 4'): learn.fit(1, cbs=At('after_step', poison, lambda l: l.iter == 3))
+    assert all(bool(torch.isfinite(v).all()) for v in learn.model.state_dict().values())
+
+def test_a_loss_that_is_not_finite_leaves_good_weights_as_they_are(learn):
+    before = {}
+    def infinite(l): before.update(weights(l)); l.loss = l.loss*math.inf
+    with pytest.raises(TrainingError, match='keeps its weights'): learn.fit(1, cbs=At('after_loss', infinite, lambda l: l.training and l.iter == 2, order=-30))
+    assert equal(weights(learn), before)
+
+def test_the_items_of_the_batch_are_named_and_the_bad_one_among_them(two_class, tiny, tmp_path):
+    bad = torch.ones(3, 8, 8); bad[1, 2, 3] = math.inf
+    raws = {f'item{i}': torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(7)} | {'item7': bad}
+    block = DataBlock((NumbersBlock(raws), CategoryBlock), get_items=lambda _: list(raws), get_y=lambda k: int(k[4:]) % 2, splitter=IndexSplitter([0]))
+    learn = Learner(block.dataloaders(None, bs=3, num_workers=0, seed=1, drop_last=False), nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), path=tmp_path, precision='fp32')
+    with pytest.raises(TrainingError, match='not finite') as e, learn.no_bar(): learn.fit(1)
+    order = [f'item{i + 1}' for i in learn.dls.train.order(0)]
+    k = order.index('item7')//3
+    named = str(e.value).split('items of the batch: ')[1].split('\n')[0]
+    assert named == ', '.join(order[3*k:3*k+3]) and 'input 1 of item7 is not finite' in str(e.value)
+
 def test_nan_in_validation_alone_goes_on(learn):
     learn.fit(1, cbs=At('after_pred', lambda l: setattr(l, 'pred', l.pred*math.nan), lambda l: not l.training))
     assert math.isnan(learn.recorder.values[0][1])
@@ -173,6 +215,7 @@ def test_the_best_of_an_earlier_fit_comes_back_when_asked(learn):
 
 @pytest.mark.parametrize('patience,epochs', [(1, 3), (2, 5)])
 def test_early_stopping(learn, capsys, patience, epochs):
+    learn.add_cbs(learn.progress)                                        # what it says is shown where progress is
     learn.fit(6, cbs=[Steer([3., 2., 2.5, 1., 4., 5.] if patience == 1 else [3., 2., 2.5, 1.9999, 4., 5.]), EarlyStoppingCallback(patience=patience, min_delta=.01)])
     assert len(learn.recorder.values) == (3 if patience == 1 else 4)
     assert 'since epoch 1' in capsys.readouterr().out
@@ -223,6 +266,7 @@ def test_the_last_weights_stay_without_restore_best(learn):
 # --- a plateau
 @pytest.mark.parametrize('kw,want', [({}, [.1, .1, .01, .01, .001, .0001]), (dict(patience=2), [.1, .1, .1, .1, .1, .01]), (dict(factor=2., min_lr=.04), [.1, .1, .05, .05, .04, .04])])
 def test_the_rate_is_divided_on_a_plateau(learn, capsys, kw, want):
+    learn.add_cbs(learn.progress)                                        # what it says is shown where progress is
     steer = [3., 3., 2., 2., 2.5, 2.5]                                   # better in epochs 0 and 2
     learn.fit(6, .1, cbs=[Steer(steer), ReduceLROnPlateau(**kw)])
     assert learn.recorder.lrs[::4] == pytest.approx(want) and 'learning rate is now' in capsys.readouterr().out
@@ -240,6 +284,7 @@ def test_short_epochs(learn, pct, short_valid, steps, seen):
     assert spy.seen.count('before_validate') == spy.seen.count('after_validate') == 2 and (spy.seen.count('after_pred') - 2*steps)//2 == seen
 
 def test_a_time_limit_finishes_the_batch_and_validates(learn, monkeypatch, capsys):
+    learn.add_cbs(learn.progress)                                        # what it says is shown where progress is
     import blocks.train.callback as module
     clock = iter([0.] + [10.]*5 + [100.]*1000)
     monkeypatch.setattr(module, 'time', type('T', (), dict(monotonic=staticmethod(lambda: next(clock)))))

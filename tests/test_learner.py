@@ -252,7 +252,7 @@ def test_callbacks_are_added_and_removed_by_the_known_names(make):
 
 def test_a_typo_in_a_keyword(dls, tiny):
     with pytest.raises(TypeError, match='metric'): Learner(dls, tiny(), metric=accuracy)
-    with pytest.raises(TrainingError, match="'fp16'"): Learner(dls, tiny(), precision='fp16')
+    with pytest.raises(TrainingError, match="'fp8'"): Learner(dls, tiny(), precision='fp8')
 
 # --- precision
 @pytest.mark.parametrize('precision,dtype', [('fp32', torch.float32), ('bf16', torch.bfloat16)])
@@ -494,5 +494,5 @@ def test_tta_is_for_answers_about_the_whole_picture(every):
     with pytest.raises(DataError, match='MaskBlock'): learn.tta()
 
 def test_titles_of_results_are_short():
-    from blocks.train.learner import _said
+    from blocks.train.evaluate import _said
     assert _said(['a', 'b']) == 'a;b' and _said(1/3) == '0.3333' and _said((.5, 2.)) == '0.5;2' and _said('cat') == 'cat'

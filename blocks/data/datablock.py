@@ -242,7 +242,7 @@ class DataBlock:
 
     def dataloaders(self,
         source,             # what `get_items` takes: a folder, a table, a list
-        bs=64,              # samples in a training batch
+        bs=64,              # samples in a training batch; 'auto': as many as fit into memory, found when a learner is made for them
         val_bs=None,        # samples in a validation batch; None: as for training
         num_workers=None,   # threads (or processes) that read; None: one for each core, at most 8; 0: the main thread
         device=None,        # None: the fastest here
@@ -272,6 +272,7 @@ class DataBlock:
 # %% ../../nbs/data/06_datablock.ipynb #0354b8a5
 def make_loaders(dsets, batch_tfms=None, bs=64, val_bs=None, num_workers=None, device=None, path='.', shuffle=True, drop_last=True, sampler=None) -> DataLoaders:
     "`DataLoaders` over the splits of `dsets`"
+    auto, bs = bs == 'auto', 64 if bs == 'auto' else bs
     tfms, train = split_batch_tfms(batch_tfms, dsets.train)
     for s in dsets.parts.values(): _check_sizes(s, bs)
     if sampler is not None: sampler.probabilities(train)                 # weights that do not fit are said now
@@ -281,9 +282,9 @@ def make_loaders(dsets, batch_tfms=None, bs=64, val_bs=None, num_workers=None, d
         if name != 'train': loaders[name] = Loader(s.new(blocks=train.blocks), bs if val_bs is None else val_bs, **common)
     n = loaders['train'].n
     if bs > n:
-        warnings.warn(f"bs={bs} is larger than the {n} training items: batches of {n} are used", stacklevel=3)
+        if not auto: warnings.warn(f"bs={bs} is larger than the {n} training items: batches of {n} are used", stacklevel=3)
         loaders['train'] = loaders['train'].new(bs=n)
-    return DataLoaders(**loaders, path=Path(path), bad_items=dsets.bad_items, splits=dsets.splits, items=dsets.items)
+    return DataLoaders(**loaders, path=Path(path), bad_items=dsets.bad_items, splits=dsets.splits, items=dsets.items, auto_bs=auto)
 
 # %% ../../nbs/data/06_datablock.ipynb #03b2d9d6
 def summarize(template, source):

@@ -90,6 +90,7 @@ class DataLoaders:
     test: Loader = None                         # a split that training never sees; None where there is none
     splits: tuple = field(default=(), repr=False)    # indices of the samples of each split among `items`
     items: object = field(default=None, repr=False)  # the items of the source
+    auto_bs: bool = field(default=False, repr=False) # a learner that is made with them chooses `bs`
 
     @property
     def parts(self):
@@ -138,7 +139,7 @@ class DataLoaders:
 
     def new(self,
         size=None,          # int or (height, width): another size of the images
-        bs=None,            # another batch size
+        bs=None,            # another batch size, or 'auto'
         item_tfms=None,     # other item transforms
         batch_tfms=None,    # other batch transforms
         **changes,          # other fields of `Loader`: num_workers, seed, device, …
@@ -150,9 +151,10 @@ class DataLoaders:
             if item_tfms is not None: samples = samples.new(**dict(zip(('geometries', 'tfms'), split_item_tfms(item_tfms))))
             if batch_tfms is not None: more['batch_tfms'], samples = split_batch_tfms(batch_tfms, samples)
             if size is not None: samples, more['batch_tfms'] = _resized(samples, more.get('batch_tfms', dl.batch_tfms), size)
-            if bs is not None: more['bs'] = min(bs, len(samples)) if train else bs
+            if bs not in (None, 'auto'): more['bs'] = min(bs, len(samples)) if train else bs
             return dl.new(samples=samples, **more)
-        return replace(self, **{name: one(dl, name == 'train') for name, dl in self.parts.items()})
+        auto = self.auto_bs if bs is None else bs == 'auto'
+        return replace(self, auto_bs=auto, **{name: one(dl, name == 'train') for name, dl in self.parts.items()})
 
     def test_dl(self,
         items,                 # paths, arrays, images…: what `get_x` gives; or a table, whose rows `get_x` reads

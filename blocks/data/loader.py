@@ -171,27 +171,47 @@ class Loader:
     def dataset(self): return self.samples
     def __len__(self): return self.n//self.bs if self.drop_last else math.ceil(self.n/self.bs)
 
-    def __iter__(self):
-        epoch = self.epoch
+    def __iter__(self): return self.next_pass()
+
+    def next_pass(self, start=0, share=None):
+        "The batches of the next epoch, from number `start` on; `share` as in `batches`"
         self.epoch += 1
-        return self.batches(epoch)
+        return self.batches(self.epoch - 1, None, start, share)
 
     def order(self, epoch):
         "The indices of the samples in the order of `epoch`"
         if self.sampler is not None: return self.sampler(self.samples, stream(self.seed, 'order', epoch))
         return stream(self.seed, 'order', epoch).permutation(self.n) if self.shuffle else np.arange(self.n)
 
-    def batches(self, epoch, limit=None):
-        "Generate the batches of `epoch`, or the first `limit` of them, without counting it as a pass"
-        order = self.order(epoch)
-        parts = [order[i*self.bs:(i+1)*self.bs].tolist() for i in range(min(len(self), limit or len(self)))]
-        read = self._read_here if self.num_workers == 0 else self._read_by_processes if self.samples.draws_globally else self._read_by_threads
-        for k, fields in enumerate(read(parts, epoch)): yield self.finish(fields, epoch, k)
+    def indices(self, epoch, k):
+        "Which samples are in batch `k` of `epoch`"
+        return self.order(epoch)[k*self.bs:(k+1)*self.bs].tolist()
+    def names(self, epoch, k):
+        "What the items of batch `k` of `epoch` are called in errors"
+        return [item_name(self.samples.fields[0], i) for i in self.indices(epoch, k)]
+    def size(self, k):
+        "How many samples batch `k` has"
+        return min(self.bs, self.n - k*self.bs)
 
-    def finish(self, fields, epoch=0, k=0):
+    def batches(self,
+        epoch,          # the epoch to draw
+        limit=None,     # stop after so many batches
+        start=0,        # number of the first batch
+        share=None,     # function (list) → the consecutive part of it that is read here, where several processes share each batch; None: all
+    ):
+        "Generate the batches of `epoch` without counting it as a pass"
+        order, ks = self.order(epoch), range(len(self))[start:][:limit]
+        own = {k: (share or list)(range(self.size(k))) for k in ks}
+        parts = [order[k*self.bs:(k+1)*self.bs][own[k]].tolist() for k in ks]
+        read = self._read_here if self.num_workers == 0 else self._read_by_processes if self.samples.draws_globally else self._read_by_threads
+        for k, fields in zip(ks, read(parts, epoch)): yield self.finish(fields, epoch, k, None if share is None else (own[k][0], self.size(k)))
+
+    def finish(self, fields, epoch=0, k=0,
+        rows=None,      # (first, number): the fields are the rows from `first` on of a batch of so many; None: the whole batch
+    ):
         "Batch `k` of `epoch`, from collated fields to what the model gets: to the device, augmented, floats"
         fields = tuple(self._to_device(o) for o in fields)
-        fields = apply_batch_tfms(self.batch_tfms, fields, stream(self.seed, 'batch', epoch, k), self.samples.train)
+        fields = apply_batch_tfms(self.batch_tfms, fields, stream(self.seed, 'batch', epoch, k), self.samples.train, **({} if rows is None else dict(rows=rows)))
         return tuple(b.prepare(o) for b, o in zip(self.samples.blocks, fields))
 
     def _to_device(self, t):

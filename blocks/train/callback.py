@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['EVENTS', 'CancelFitException', 'CancelEpochException', 'CancelTrainException', 'CancelValidException',
            'CancelBatchException', 'CancelBackwardException', 'CancelStepException', 'Callback', 'check_callback',
-           'StopOnNonFinite', 'TrackerCallback', 'EarlyStoppingCallback', 'SaveModelCallback', 'ReduceLROnPlateau',
-           'ShortEpochCallback', 'TimeLimit', 'GradientAccumulation', 'GradientClip']
+           'CheckLoss', 'StopOnNonFinite', 'TrackerCallback', 'EarlyStoppingCallback', 'SaveModelCallback',
+           'ReduceLROnPlateau', 'ShortEpochCallback', 'TimeLimit', 'GradientAccumulation', 'GradientClip']
 
 # %% ../../nbs/train/32_callback.ipynb #da9c87d9
 import math, time
 from ..core import TrainingError
+from .loss import check_loss
 from .metric import is_lower_better
 
 # %% ../../nbs/train/32_callback.ipynb #4190863f
@@ -29,8 +30,18 @@ class Callback:
     sets_lr = False      # decides the learning rate; a fit can have one such callback
     in_lr_find = True    # takes part in the search for a learning rate; False for what keeps, stops or reports
 
+    def __new__(cls, *args, **kw):
+        self = super().__new__(cls)
+        self.made_with = args, kw                # so that a fit that is resumed can make it again
+        return self
+
     @property
     def name(self): return type(self).__name__.removesuffix('Callback')
+
+    def state_dict(self):
+        "What has to be kept for an interrupted fit to go on exactly: a dict of numbers, text, tensors, and lists and dicts of them"
+        return {}
+    def load_state_dict(self, state): "Take up what `state_dict` gave, just before the first batch of a fit that is resumed"
 
     def check(self): "Raise what makes a fit impossible, before it touches anything"
     def after_create(self): "When the learner has got the callback"
@@ -73,27 +84,68 @@ def check_callback(
     return cb
 
 # %% ../../nbs/train/32_callback.ipynb #2e9c75bc
-class StopOnNonFinite(Callback):
-    "Stop with an error that names epoch and step when the training loss is not finite"
-    order, in_lr_find = -10, False
-    every = 20    # on an accelerator, look at the losses of so many steps at once
+class CheckLoss(Callback):
+    "Stop before the first step when the model's outputs are not of the kind that the loss wants, as with a softmax under a cross entropy. See `check_loss`"
+    order = -40
+    def after_pred(self):
+        l = self.learn
+        if l.training and l.iter == 0 and l.epoch == 0: check_loss(l.model, l.loss_func, l.pred if l.n_items > 3 else None)       # a few outputs may look like anything
 
+class StopOnNonFinite(Callback):
+    "Stop with an error that names epoch, step and items when the training loss is not finite, or the weights at the end of an epoch; the model keeps the last good weights"
+    order, in_lr_find = -10, False
+    every = 20    # steps between two copies of the weights; on an accelerator also between two looks at the losses, which have to wait for it
+
+    def before_fit(self): self.good, self.since = None, 0
     def before_train(self): self.losses = []
     def after_loss(self):
         if not self.learn.training: return
-        self.losses.append(self.learn.loss.detach())
+        self.losses.append(self.learn.loss.detach().float().mean())
         if self.learn.loss.device.type == 'cpu' or len(self.losses) >= self.every: self._look()
-    def after_train(self): self._look()
+    def after_train(self):
+        self._look()
+        if not self._finite(): self._stop('the weights are not finite at the end of the training', self.learn.iter)
+    def after_fit(self): self.good = None
 
     def _look(self):
         import torch
         if not self.losses: return
-        finite = torch.isfinite(torch.stack([o.float().mean() for o in self.losses])).tolist()
-        if not all(finite):
-            l, step = self.learn, self.learn.iter - len(finite) + finite.index(False) + 2        # counted from 1
-            raise TrainingError(f"the training loss is not finite ({float(self.losses[finite.index(False)].mean())}) in epoch {l.epoch}, step {step} of {l.n_iter}, at learning rate {l.opt.param_groups[-1]['lr']:.3g}. "
-                                f"What to do: a lower learning rate; look for targets or images that are not finite; load the weights you saved last")
-        self.losses = []
+        losses = torch.stack(self.losses).tolist()
+        bad = next((i for i, o in enumerate(losses) if not math.isfinite(o)), None)
+        if bad is not None: self._stop(f'the training loss is not finite ({losses[bad]})', self.learn.iter - len(losses) + 1 + bad)
+        self.since, self.losses = self.since + len(losses), []
+        if self.good is None or self.since >= self.every: self._keep()
+
+    def _keep(self):
+        "Copy the weights, which have just given a finite loss"
+        self.since, self.good = 0, {k: v.detach().clone() for k, v in self.learn.model.state_dict().items()}
+
+    def _finite(self):
+        import torch
+        return all(bool(torch.isfinite(v).all()) for v in self.learn.model.state_dict().values() if v.is_floating_point())
+
+    def _stop(self, problem, step):
+        l = self.learn
+        kept = 'The model keeps its weights'
+        if not self._finite() and self.good is not None:
+            l.model.load_state_dict(self.good)
+            kept = f'The model has the last good weights again, of at most {2*self.every} steps before, and the optimizer starts anew'
+        rate = l.opt.param_groups[-1]['lr']
+        if 'has' in kept: l.create_opt()
+        raise TrainingError(f"{problem} in epoch {l.epoch}, step {step + 1} of {l.n_iter}, at learning rate {rate:.3g}. {kept}.\n{self._items(step)}\n"
+                            "  What to do: a lower learning rate; targets and images that are finite; gradients of limited length by cbs=GradientClip()")
+
+    def _items(self, step):
+        "The items of the batch, and what is not finite in them; they are read again"
+        import torch
+        l, epoch = self.learn, self.learn.passes - 1
+        names = [str(o) for o in l.dls.train.names(epoch, step)]
+        batch = next(l.dls.train.batches(epoch, 1, step))
+        fields = [(f'input {k + 1}' if k < l.dls.n_inp else f'target {k + 1 - l.dls.n_inp}', x) for k, x in enumerate(batch) if x.is_floating_point()]
+        found = [f'{kind} of {names[i]} is not finite' for kind, x in fields for i in (~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[:, 0].tolist()]
+        return f"  The items of the batch: {_few(names)}" + (f"\n  {_few(found)}" if found else '')
+
+def _few(texts, n=8): return ', '.join(texts[:n]) + (f' and {len(texts) - n} more' if len(texts) > n else '')
 
 # %% ../../nbs/train/32_callback.ipynb #e7ed52eb
 class TrackerCallback(Callback):
@@ -120,22 +172,28 @@ class TrackerCallback(Callback):
         self.new_best = value is not None and bool(self.comp(value + self.min_delta if self.lower else value - self.min_delta, self.best))
         if self.new_best: self.best = value
 
+    kept = 'best',    # attributes that a resumed fit takes up
+    def state_dict(self): return {k: getattr(self, k) for k in self.kept}
+    def load_state_dict(self, state): vars(self).update(state)
+
 class EarlyStoppingCallback(TrackerCallback):
     "Stop the fit when the watched value has not become better for `patience` epochs"
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., patience=1, reset_on_fit=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)
         self.patience = patience
+    kept = 'best', 'wait'
     def before_fit(self): super().before_fit(); self.wait = 0
     def after_epoch(self):
         super().after_epoch()
         self.wait = 0 if self.new_best else self.wait + 1
         if self.wait >= self.patience:
-            print(f'No better {self.monitor} since epoch {self.learn.epoch - self.wait}: stopped early')
+            self.learn.say(f'No better {self.monitor} since epoch {self.learn.epoch - self.wait}: stopped early')
             raise CancelFitException()
 
 class SaveModelCallback(TrackerCallback):
     "Save the weights whenever the watched value is the best so far, and load the best at the end of the fit (with `restore_best=False`, the last ones stay)"
     order = 59    # before early stopping, whose exception would end the epoch
+    kept = 'best', 'saved'
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., fname='model', every_epoch=False, with_opt=False, reset_on_fit=True, restore_best=True):
         super().__init__(monitor, comp, min_delta, reset_on_fit)
         self.fname, self.every_epoch, self.with_opt, self.restore_best, self.saved = fname, every_epoch, with_opt, restore_best, False
@@ -149,7 +207,7 @@ class SaveModelCallback(TrackerCallback):
 
 class ReduceLROnPlateau(TrackerCallback):
     "Divide the learning rate by `factor` when the watched value has not become better for `patience` epochs"
-    order, sets_lr = 62, True
+    order, sets_lr, kept = 62, True, ('best', 'wait')
     def __init__(self, monitor='valid_loss', comp=None, min_delta=0., patience=1,
         factor=10.,     # above 1
         min_lr=0.,      # the rate does not go below
@@ -165,7 +223,7 @@ class ReduceLROnPlateau(TrackerCallback):
         if self.wait < self.patience: return
         self.wait, groups = 0, self.learn.opt.param_groups
         for g in groups: g['lr'] = max(g['lr']/self.factor, min(self.min_lr, g['lr']))
-        print(f"Epoch {self.learn.epoch}: no better {self.monitor}, the learning rate is now {groups[-1]['lr']:.3g}")
+        self.learn.say(f"Epoch {self.learn.epoch}: no better {self.monitor}, the learning rate is now {groups[-1]['lr']:.3g}")
 
 # %% ../../nbs/train/32_callback.ipynb #266f30fc
 class ShortEpochCallback(Callback):
@@ -188,9 +246,9 @@ class TimeLimit(Callback):
         self.minutes, self.end, self.over = minutes, time.monotonic() + 60*minutes, False
     def after_batch(self):
         l = self.learn
-        if not l.training or self.over or time.monotonic() < self.end: return
+        if not l.training or self.over or not l.world.agree(time.monotonic() >= self.end): return
         self.over = True
-        print(f"{self.minutes:g} minutes are over: training stopped in epoch {l.epoch}, after step {l.iter + 1} of {l.n_iter}")
+        l.say(f"{self.minutes:g} minutes are over: training stopped in epoch {l.epoch}, after step {l.iter + 1} of {l.n_iter}")
         raise CancelTrainException()
     def before_batch(self):
         if self.over and self.learn.training: raise CancelFitException()       # of a fit that begins when the time is over already
@@ -206,17 +264,19 @@ class GradientAccumulation(Callback):
     def before_fit(self): self.count = 0
     def before_backward(self):
         l = self.learn
-        self.full, l.loss = l.loss, l.loss*(len(l.xb[0])/self.n_acc)           # the recorder gets the loss as it was
+        self.full, l.loss = l.loss, l.loss*(l.n_items/self.n_acc)           # the recorder gets the loss as it was
     def after_backward(self): self.learn.loss = self.full
     after_cancel_backward = after_backward
     def before_step(self):
-        self.count += len(self.learn.xb[0])
+        self.count += self.learn.n_items
         if self.count < self.n_acc: raise CancelBatchException()               # no step, and the gradients stay
         if self.count != self.n_acc:
             for g in self.learn.opt.param_groups:
                 for p in g['params']:
                     if p.grad is not None: p.grad *= self.n_acc/self.count     # a last piece too many: still the mean
         self.count = 0
+    def state_dict(self): return dict(count=self.count)
+    def load_state_dict(self, state): self.count = state['count']
     def after_fit(self): self.learn.opt.zero_grad()
 
 class GradientClip(Callback):

@@ -121,14 +121,15 @@ def unchanged(
     with learn._aside(), _same_random(learn.device):                 # the first also brings the model to its device
         model, opt, recorder, passes, loader = learn.model, learn.opt, learn.recorder, learn.passes, learn.dls.train
         weights, needs = {k: v.detach().clone() for k, v in _tensors(model).items()}, [(p, p.requires_grad) for p in model.parameters()]
-        state, records, epoch = deepcopy(opt.state_dict()) if opt else None, dict(vars(recorder)), loader.epoch
+        state, records, epoch, recipe, scaler = deepcopy(opt.state_dict()) if opt else None, dict(vars(recorder)), loader.epoch, learn.recipe, learn.scaler
+        learn.scaler = None
         try: yield
         finally:
             with torch.no_grad():
                 for k, v in _tensors(model).items(): v.copy_(weights[k])
             for p, need in needs: p.requires_grad_(need); p.grad = None
             if opt: opt.load_state_dict(state)
-            learn.opt, learn.passes, loader.epoch = opt, passes, epoch
+            learn.opt, learn.passes, loader.epoch, learn.recipe, learn.scaler = opt, passes, epoch, recipe, scaler
             vars(recorder).update(records)
 
 def _tensors(model): return dict([*model.named_parameters(), *model.named_buffers()])

@@ -33,7 +33,7 @@ class _Mixer(Callback):
         l = self.learn
         if not l.training: return
         self.partner, mixers = None, [cb for cb in l.cbs if isinstance(cb, _Mixer)]
-        rng = stream(l.dls.train.seed, 'mix', l.passes, l.iter)
+        rng = stream(l.dls.train.seed, 'mix', l.passes, l.iter, *[l.world.rank]*(l.world.rank > 0))       # where several processes share a batch, each mixes its own part
         if mixers[rng.integers(len(mixers))] is not self: return
         for x in l.xb:
             if not x.is_floating_point(): raise TrainingError(f"{type(self).__name__} mixes inputs of floats, and got one of {x.dtype} with shape {tuple(x.shape)}: leave {type(self).__name__} out")
@@ -51,13 +51,7 @@ class _Mixer(Callback):
     def after_loss(self):
         l = self.learn
         if not l.training or self.partner is None or all(self.whole): return
-        l.loss = self._losses(*self.others()).lerp(self._losses(*l.yb), self.lam).mean()
-
-    def _losses(self, *targets):
-        "(n,) the loss of each item"
-        losses, n = self.learn.losses(self.learn.pred, *targets), len(self.lam)
-        if losses.numel() % n: raise TrainingError(f"{type(self).__name__} needs the loss of each item, and with reduction='none' loss_func gives shape {tuple(losses.shape)} for {n} items")
-        return losses.reshape(n, -1).mean(1)
+        l.loss = l.shared(l.losses(l.pred, *self.others()).lerp(l.losses(l.pred, *l.yb), self.lam).mean())
 
 # %% ../../nbs/train/35b_mix.ipynb #c5bf8b6a
 class MixUp(_Mixer):

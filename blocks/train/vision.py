@@ -36,7 +36,7 @@ def cnn_learner(
     "A `Learner` with a new head on the body of `arch`, frozen when pretrained. Raises `WeightsError` that says where to put weights that cannot be had"
     image = _image_block(dls, 'cnn_learner')
     if any(isinstance(b, MaskBlock) for b in dls.targets): raise DataError("cnn_learner's model gives numbers for a whole picture, and the target is a class for each pixel (MaskBlock): use unet_learner, with the same arguments")
-    if any(isinstance(b, BBoxBlock) for b in dls.targets): raise DataError("cnn_learner's model gives numbers for a whole picture, not for its boxes: give Learner a model of your own")
+    if any(isinstance(b, BBoxBlock) for b in dls.targets): raise DataError("cnn_learner's model gives numbers for a whole picture, not for its boxes: use detection_learner")
     n_in, n_out = n_in or image.channels, n_out or _outputs(dls)
     if y_range is None and dls.targets: y_range = getattr(dls.targets[0], 'y_range', None)
     model = create_vision_model(arch, n_out, pretrained=pretrained, weights=weights, cut=cut, custom_head=custom_head, ps=ps, lin_ftrs=lin_ftrs, concat_pool=concat_pool,
@@ -84,7 +84,7 @@ def unet_learner(
     image = _image_block(dls, 'unet_learner')
     whole = next((b for b in dls.targets if isinstance(b, (CategoryBlock, MultiCategoryBlock, RegressionBlock, PointBlock, BBoxBlock))), None)
     if whole is not None: raise DataError(f"unet_learner's model gives numbers for each pixel, and the target is a {type(whole).__name__}: "
-                                          + ("give Learner a model of your own" if isinstance(whole, BBoxBlock) else "use cnn_learner, which gives numbers for the whole picture"))
+                                          + ("use detection_learner" if isinstance(whole, BBoxBlock) else "use cnn_learner, which gives numbers for the whole picture"))
     model = create_unet_model(arch, n_out or _outputs(dls), img_size, pretrained=pretrained, weights=weights, cut=cut, n_in=n_in or image.channels, normalize=normalize and image.mean is None,
                               blur=blur, blur_final=blur_final, self_attention=self_attention, y_range=y_range, last_cross=last_cross, bottle=bottle)
     return _learner(dls, model, pretrained or weights is not None, train_bn, loss_func=loss_func, opt_func=opt_func, lr=lr, metrics=metrics, cbs=cbs, wd=wd, **kwargs)
