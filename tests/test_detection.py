@@ -1,7 +1,9 @@
 "Object detection from end to end: fitted, measured, predicted in source pixels, exported"
+import json
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torchvision.ops import box_iou
@@ -14,6 +16,8 @@ from blocks.data.label import CategoryBlock
 from blocks.data.place import BBoxBlock, BBoxLblBlock, Detection
 from blocks.infer.predictor import Predictor, load_learner
 from blocks.train.detection import BoxesToModel, detection_learner, detection_loss, mAP
+from blocks.train.interpret import Interpretation
+from blocks.train.memory import ActivationCheckpointing, find_batch_size
 
 ARCH = 'ssdlite320_mobilenet_v3_large'
 EMPTY = 3                                                                 # this picture has no box
@@ -163,3 +167,23 @@ def test_the_numbers_are_computed_once_and_nothing_is_nan_not_minus_one():
 def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pycocotools', None)
     with pytest.raises(MissingExtraError, match=r"blocks\[detection\]"): mAP()
+
+def test_a_detector_with_little_memory_learns_the_same():
+    def trained(*cbs):
+        set_seed(1)
+        learn = learner(precision='fp32')
+        with learn.no_bar(): learn.fit(1, 1e-3, cbs=list(cbs))
+        return learn.recorder.losses
+    assert trained(ActivationCheckpointing()) == pytest.approx(trained(), rel=1e-4)
+
+def test_a_batch_size_is_found_for_a_detector():
+    assert 2 <= find_batch_size(learner(precision='fp32'), limit=2*2**30) <= 8
+
+def test_what_is_said_about_a_detector(fitted, tmp_path):
+    with pytest.raises(DataError, match='show_results.*mAP'): Interpretation.from_learner(fitted)
+    with pytest.raises(DataError, match='show_results'): fitted.plot_prediction(SCENES[0][0])
+    found = fitted.predict_batch([SCENES[0][0], SCENES[1][0]])
+    found.to_csv(tmp_path/'boxes.csv')
+    rows = [json.loads(o) if isinstance(o, str) else [] for o in pd.read_csv(tmp_path/'boxes.csv').prediction]
+    assert [[(o['label'], tuple(o['box'])) for o in row] for row in rows] == [[(o.label, tuple(o.box)) for o in row] for row in found.labels] and any(rows)
+    assert [m.name for m in learner(metrics=mAP).recorder.metrics] == [m.name for m in learner(metrics=mAP()).recorder.metrics]

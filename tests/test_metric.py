@@ -168,3 +168,28 @@ def test_lower_is_better(name): assert is_lower_better(name)
 @pytest.mark.parametrize('name', ['accuracy', 'accuracy_multi', 'top_k_accuracy_2', 'f1', 'F1Score', 'binary_auroc', 'roc_auc', 'dice', 'DiceMulti', 'jaccard', 'iou', 'precision', 'recall', 'r2_score', 'cohen_kappa', 'matthews_corrcoef',
     'explained_variance', 'foreground_acc', 'specificity', 'my_thing', 'mseed', 'camera_accuracy', 'f1_score_hair loss', 'valid_recall_score_mae', 'roc_auc_score_error', 'dice_multi_distance', 'jaccard_coeff_multi_loss', 'matthews_corrcoef', 'pearsonr', 'spearmanr', 'average_precision_score'])
 def test_higher_is_better(name): assert not is_lower_better(name)
+
+# --- scikit-learn's functions as they are
+def test_functions_of_scikit_learn_get_the_truth_first_and_what_they_ask_for():
+    partial = functools.partial
+    g = torch.Generator().manual_seed(0)
+    for n in (2, 3):
+        pred, y = torch.randn(30, n, generator=g), torch.randint(0, n, (30,), generator=g)
+        act = pred.softmax(1)
+        for f in (skm.accuracy_score, partial(skm.f1_score, average='macro'), skm.balanced_accuracy_score, skm.cohen_kappa_score):
+            m = as_metric(f)
+            for i in (0, 7, 19): m.accumulate(pred[i:{0: 7, 7: 19, 19: 30}[i]], act[i:{0: 7, 7: 19, 19: 30}[i]], y[i:{0: 7, 7: 19, 19: 30}[i]])
+            assert m.value == pytest.approx(f(y, pred.argmax(1)))
+        auc = partial(skm.roc_auc_score, multi_class='ovr')
+        m = as_metric(auc); m.accumulate(pred, act, y)
+        assert m.value == pytest.approx(auc(y, act[:, 1] if n == 2 else act))
+        m = as_metric(skm.log_loss); m.accumulate(pred, act, y); assert m.value == pytest.approx(skm.log_loss(y, act))
+    pred, y = torch.randn(20, 1, generator=g), torch.randn(20, generator=g)
+    m = as_metric(skm.r2_score); m.accumulate(pred, pred, y); assert m.value == pytest.approx(skm.r2_score(y, pred[:, 0]))
+
+def test_a_function_of_scikit_learn_that_cannot_take_several_labels_names_one_that_can():
+    partial = functools.partial
+    m = as_metric(partial(skm.f1_score, average='macro'))
+    pred = torch.randn(10, 3)
+    m.accumulate(pred, pred.sigmoid(), (torch.rand(10, 3) > .5).float())
+    with pytest.raises(TrainingError, match='F1ScoreMulti'): m.value

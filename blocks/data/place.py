@@ -270,7 +270,7 @@ def _boxes(raw):
     if not a.size: a = np.empty((0, 4))
     if a.ndim != 2 or a.shape[1] != 4: raise DataError(f"boxes {boxes!r} are not understood: expected a list of (x1, y1, x2, y2) in pixels, four numbers each")
     bad = ~(np.isfinite(a).all(1) & (a[:, 2:] > a[:, :2]).all(1))
-    if bad.any(): raise DataError(f"the box {tuple(a[bad][0].tolist())} has no area: expected finite (x1, y1, x2, y2), left < right and top < bottom; make them of (x, y, width, height) in get_y by x2 = x + width, y2 = y + height")
+    if bad.any(): raise DataError(f"the box {tuple(a[bad][0].tolist())} has no area: expected finite (x1, y1, x2, y2), left < right and top < bottom; make them of (x, y, width, height) in get_y by x2 = x + width, y2 = y + height, and leave out those that have none")
     if labels is None: return a, None
     labels = [labels] if isinstance(labels, str) else [_plain(o) for o in (labels.tolist() if isinstance(labels, (torch.Tensor, np.ndarray)) else labels)]
     if len(labels) != len(a): raise DataError(f"there are {len(labels)} labels for {len(a)} boxes ({', '.join(map(repr, labels[:5]))}{', …' if len(labels) > 5 else ''}): give one label for each box")

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'Predictor', 'Predictions', 'is_plain', 'to_spec', 'from_sp
            'load_learner']
 
 # %% ../../nbs/infer/20_predictor.ipynb #3554d25e
-import dataclasses, importlib, os, tempfile, warnings
+import dataclasses, importlib, json, os, tempfile, warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -20,7 +20,7 @@ from ..core import DataError, ExportError, MissingExtraError, as_list, require, 
 from ..data.augment import apply_batch_tfms
 from ..data.frame import FrameDraw
 from ..data.loader import Samples, apply_item_tfms, for_split, input_loader, read_error
-from ..data.place import SourceBlock
+from ..data.place import Detection, SourceBlock
 from ..model.head import VisionModel, build_vision_model
 
 # %% ../../nbs/infer/20_predictor.ipynb #947b5ca3
@@ -76,6 +76,7 @@ class Predictor:
     def plot_prediction(self, item, topk=5, figsize=None):
         "Draw the picture as the model sees it, and a bar for each of its `topk` likeliest classes; returns the two axes"
         import matplotlib.pyplot as plt
+        if self.target.kind is not None or not hasattr(self.target, 'labels'): raise DataError(f"plot_prediction draws the likeliest classes, and a {type(self.target).__name__} has none: show_results draws what is predicted in its place")
         xb = self._inputs(item)
         top = self._top(self.activated(xb[:self.n_inp])[0].cpu(), topk)
         _, (left, right) = plt.subplots(1, 2, figsize=figsize or (6, 2.6), layout='constrained')
@@ -146,6 +147,11 @@ class _Data:
     def test_dl(self, items, bs=64, num_workers=None): return self.predictor.loader(items, bs, num_workers)
 
 # %% ../../nbs/infer/20_predictor.ipynb #86a7dd68
+def _cell(value):
+    "A decoded prediction as a table of text has room for it: labels with semicolons between them, boxes as JSON"
+    if not isinstance(value, (list, tuple)): return value
+    return json.dumps([o._asdict() for o in value]) if value and isinstance(value[0], Detection) else ';'.join(map(str, value))
+
 class Predictions(Sequence):
     "Predictions for many items: a sequence of (label, index, probabilities), and the same as columns"
     def __init__(self, predictor, items, probs, *sources): self.predictor, self.items, self.probs, self.sources = predictor, items, probs, sources
@@ -162,7 +168,7 @@ class Predictions(Sequence):
         "Write the table of `to_df` to a file"
         table = self.to_df()
         if columns is not None and (unknown := [c for c in columns if c not in table]): raise DataError(f"there is no column {unknown[0]!r}; the columns are {', '.join(map(repr, table))}")
-        table['prediction'] = [';'.join(map(str, o)) if isinstance(o, (list, tuple)) else o for o in table['prediction']]
+        table['prediction'] = [_cell(o) for o in table['prediction']]
         (table if columns is None else table[list(columns)]).to_csv(path, index=False)
 
     def plot_counts(self, figsize=None):

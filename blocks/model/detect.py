@@ -34,6 +34,7 @@ def _variant(module, training=None, **parts):
     "`module` for one call, in another mode or with other `parts`; parameters are shared, and the module itself stays as it is"
     m = copy.copy(module)
     vars(m).update(_modules={**module._modules, **parts}, training=module.training if training is None else training)
+    vars(m).pop('forward', None)                                          # one that was replaced for a while, as by ActivationCheckpointing, belongs to the module itself
     return m
 
 class _Once(nn.Module):

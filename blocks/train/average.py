@@ -134,7 +134,7 @@ class SWACallback(Callback):
             if isinstance(cb, EMACallback): raise TrainingError("SWACallback and EMACallback both average the weights, and the model can have only one of the means: leave one out")
             if isinstance(cb, SaveModelCallback) and cb.restore_best: raise TrainingError("SaveModelCallback loads the best epoch at the end, in place of the mean of SWACallback: use SaveModelCallback(restore_best=False), or leave one out")
 
-    def before_fit(self): self.n, self.average, self.scores = 0, None, None
+    def before_fit(self): self.n, self.average, self.scores, self.layers = 0, None, None, None
 
     def after_train(self):
         l = self.learn
@@ -154,6 +154,7 @@ class SWACallback(Callback):
         if self.n < 2: return
         l, n, self.n = self.learn, self.n, 0
         before = _copies(_now(_places(l.model)))
+        if self.layers is None: l._set_modes(True); self.layers = _learning(l.model)          # of a fit that was resumed and ended at once
         try: _copy_into(self._weights(), self.average); _measure_statistics(l, self.layers)
         except BaseException: _copy_into(_now(_places(l.model)), before); raise              # whole or not at all
         self.average = None

@@ -96,7 +96,9 @@ class StopOnNonFinite(Callback):
     order, in_lr_find = -10, False
     every = 20    # steps between two copies of the weights; on an accelerator also between two looks at the losses, which have to wait for it
 
-    def before_fit(self): self.good, self.since = None, 0
+    def before_fit(self):
+        self.good, self.since = None, 0
+        self.watched = [k for k, v in self.learn.model.state_dict().items() if _finite(v)]       # an attention mask may be infinite from the start
     def before_train(self): self.losses = []
     def after_loss(self):
         if not self.learn.training: return
@@ -121,8 +123,8 @@ class StopOnNonFinite(Callback):
         self.since, self.good = 0, {k: v.detach().clone() for k, v in self.learn.model.state_dict().items()}
 
     def _finite(self):
-        import torch
-        return all(bool(torch.isfinite(v).all()) for v in self.learn.model.state_dict().values() if v.is_floating_point())
+        state = self.learn.model.state_dict()
+        return all(_finite(state[k]) for k in self.watched)
 
     def _stop(self, problem, step):
         l = self.learn
@@ -145,6 +147,7 @@ class StopOnNonFinite(Callback):
         found = [f'{kind} of {names[i]} is not finite' for kind, x in fields for i in (~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[:, 0].tolist()]
         return f"  The items of the batch: {_few(names)}" + (f"\n  {_few(found)}" if found else '')
 
+def _finite(t): return not t.is_floating_point() or bool(t.isfinite().all())
 def _few(texts, n=8): return ', '.join(texts[:n]) + (f' and {len(texts) - n} more' if len(texts) > n else '')
 
 # %% ../../nbs/train/32_callback.ipynb #e7ed52eb
@@ -164,6 +167,7 @@ class TrackerCallback(Callback):
     def check(self):
         names = [n for n in self.learn.recorder.metric_names if n not in ('epoch', 'time')]
         if self.monitor not in names: raise TrainingError(f"{type(self).__name__}(monitor={self.monitor!r}): there is no such column, the columns are {', '.join(names)}")
+        if self.monitor != 'train_loss' and not len(self.learn.dls.valid): raise TrainingError(f"{type(self).__name__}(monitor={self.monitor!r}): there are no validation items, so there is no such value; use monitor='train_loss'")
     def before_fit(self):
         if self.reset_on_fit or self.best is None: self.best = math.inf if self.lower else -math.inf
 
@@ -240,16 +244,17 @@ class ShortEpochCallback(Callback):
 
 class TimeLimit(Callback):
     "When `minutes` are over, counted from its creation: finish the training batch, validate, and end the fit. `fit(…, max_minutes=…)` makes one"
-    order, in_lr_find = 66, False
+    order, in_lr_find = 101, False    # after a checkpoint of what was done
     def __init__(self, minutes):
         if not minutes > 0: raise TrainingError(f"max_minutes={minutes!r}: expected a number of minutes above 0")
         self.minutes, self.end, self.over = minutes, time.monotonic() + 60*minutes, False
-    def after_batch(self):
+    def after_loss(self):
         l = self.learn
         if not l.training or self.over or not l.world.agree(time.monotonic() >= self.end): return
         self.over = True
-        l.say(f"{self.minutes:g} minutes are over: training stopped in epoch {l.epoch}, after step {l.iter + 1} of {l.n_iter}")
-        raise CancelTrainException()
+        l.say(f"{self.minutes:g} minutes are over: training stops in epoch {l.epoch}, after step {l.iter + 1} of {l.n_iter}")
+    def after_batch(self):
+        if self.over and self.learn.training: raise CancelTrainException()
     def before_batch(self):
         if self.over and self.learn.training: raise CancelFitException()       # of a fit that begins when the time is over already
     def after_epoch(self):

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
+from fastcore.foundation import L
 from ..core import TrainingError
 from ..infer.predictor import export_predictor, is_plain, write_whole
-from .callback import Callback
+from .callback import Callback, TimeLimit
 from .scheduling import SCHEDULER_NOTES
 
 # %% ../../nbs/train/35h_checkpoint.ipynb #cff8ba76
@@ -60,7 +61,12 @@ def _arguments(train, *call):
 # %% ../../nbs/train/35h_checkpoint.ipynb #c4bd7bc9
 def _pack(value):
     "An argument as plain values; `{'missing': …}` where there are none for it"
-    if isinstance(value, slice): return dict(slice=[value.start, value.stop])
+    if isinstance(value, type) and issubclass(value, Callback): value = value()
+    if isinstance(value, (np.generic, np.ndarray)): value = value.tolist()
+    if isinstance(value, L): value = list(value)
+    if isinstance(value, slice):
+        ends = _pack([value.start, value.stop])
+        return ends if 'missing' in ends else dict(slice=ends)
     if isinstance(value, Callback) and type(value).__module__.startswith('blocks.') and is_plain(value.made_with):
         return dict(callback=type(value).__name__, module=type(value).__module__, made_with=value.made_with)
     if isinstance(value, (list, tuple)) and not is_plain(value):
@@ -70,7 +76,7 @@ def _pack(value):
 
 def _unpack(packed):
     "The argument that `_pack` packed"
-    if 'slice' in packed: return slice(*packed['slice'])
+    if 'slice' in packed: return slice(*_unpack(packed['slice']))
     if 'list' in packed: return [_unpack(o) for o in packed['list']]
     if 'callback' not in packed: return packed['plain']
     cls = getattr(importlib.import_module(packed['module']), packed['callback'], None) if packed['module'].startswith('blocks.train.') else None
@@ -150,12 +156,14 @@ class Saving:
     def _full_state(self):
         "What training depends on besides weights and optimizer, as plain values"
         place, names = self._place(), {id(p): k for k, p in self.model.named_parameters()}
-        state = dict(place=place, passes=self.passes - bool(place and place['batch']), recipe=None if place is None else dict(name=self.recipe.name, args={k: _pack(v) for k, v in self.recipe.args.items()}),
+        state = dict(place=place, data=self._data(), passes=self.passes - bool(place and place['batch']), recipe=None if place is None else dict(name=self.recipe.name, args={k: _pack(v) for k, v in self.recipe.args.items()}),
                      learns={k: p.requires_grad for k, p in self.model.named_parameters()}, frozen=self.frozen, grads={names[id(p)]: p.grad for p in self.model.parameters() if p.grad is not None},
-                     cbs=[dict(name=type(cb).__name__, state=cb.state_dict()) for cb in self.cbs], scaler=self.scaler.state_dict(), random=_random_state(self.device))
+                     cbs=[dict(name=type(cb).__name__, state=cb.state_dict()) for cb in self.cbs], scaler=self.scaler.state_dict() if self.scaler else {}, random=_random_state(self.device))
         wrong = [cb['name'] for cb in state['cbs'] if not is_plain(cb['state'])]
         if wrong: raise TrainingError(f"save(full=True): the state of {wrong[0]} is not made of plain numbers, text and tensors, so it cannot be kept: change its state_dict, or leave it out")
         return state
+
+    def _data(self): return dict(items=self.dls.train.n, bs=self.dls.train.bs, seed=self.dls.train.seed)
 
     def _place(self):
         "Where in the recipe training is, as numbers of the fit, the epoch and the batch that come next; None outside of a fit"
@@ -193,6 +201,7 @@ class Saving:
         "At the first batch of a fit that is resumed: everything as it was; returns the number of that batch"
         if self.recipe is None or not self.recipe.here: return 0
         state, self.recipe.checkpoint = self.recipe.checkpoint, None
+        if state['data'] != self._data(): raise TrainingError(f"{state['file']} was saved in a fit on other batches, {state['data']}, and the loaders here have {self._data()}: make them as they were then")
         self._restore(state)
         return state['place']['batch']
 
@@ -201,6 +210,7 @@ class Saving:
         self._load_state(state)
         self.passes, self.frozen = state['passes'], state['frozen']
         for k, p in self.model.named_parameters(): p.requires_grad_(state['learns'][k]); p.grad = state['grads'].get(k)
+        self._make_scaler()
         if state['scaler']: self.scaler.load_state_dict(state['scaler'])
         self._restore_cbs(state['cbs'])
         _set_random_state(state['random'], self.device)
@@ -224,7 +234,11 @@ class CheckpointCallback(Callback):
     ):
         if every != 'epoch' and not (isinstance(every, int) and every > 0): raise TrainingError(f"CheckpointCallback(every={every!r}): expected 'epoch', or a number of training batches")
         self.every, self.fname = every, fname
+    def before_fit(self): self.timed_out = False
     def after_batch(self):
         l = self.learn
-        if l.training and self.every != 'epoch' and (l.epoch*l.n_iter + l.iter + 1) % self.every == 0: l.save(self.fname, full=True)
-    def after_epoch(self): self.learn.save(self.fname, full=True)
+        if not l.training: return
+        self.timed_out = any(isinstance(cb, TimeLimit) and cb.over for cb in l.cbs)           # this is the last batch, in the middle of an epoch
+        if self.timed_out or (self.every != 'epoch' and (l.epoch*l.n_iter + l.iter + 1) % self.every == 0): l.save(self.fname, full=True)
+    def after_epoch(self):
+        if not self.timed_out: self.learn.save(self.fname, full=True)

@@ -94,4 +94,4 @@ def detection_learner(
     if len(dls.targets) != 1 or not isinstance(dls.targets[0], BBoxBlock): raise DataError(f"detection_learner needs boxes as its target (BBoxBlock), got {', '.join(type(b).__name__ for b in dls.targets) or 'none'}")
     model = create_detector(arch, len(dls.targets[0].vocab), pretrained=pretrained, weights=weights, weights_backbone=weights_backbone, n_in=n_in or image.channels,
                             normalize=normalize and image.mean is None, max_boxes=max_boxes, anchor_scale=anchor_scale)
-    return _learner(dls, model, pretrained or weights is not None or weights_backbone is not None, train_bn, opt_func, loss_func=detection_loss, lr=lr, wd=wd, metrics=metrics, cbs=[BoxesToModel(), *as_list(cbs)], **kwargs)
+    return _learner(dls, model, pretrained or weights is not None or weights_backbone is not None, train_bn, opt_func, loss_func=detection_loss, lr=lr, wd=wd, metrics=[o for m in as_list(metrics) for o in (mAP() if m is mAP else [m])], cbs=[BoxesToModel(), *as_list(cbs)], **kwargs)

@@ -7,6 +7,7 @@ __all__ = ['Evaluation']
 
 # %% ../../nbs/train/35g_evaluate.ipynb #47f24d88
 import inspect
+from copy import deepcopy
 from itertools import zip_longest
 from contextlib import contextmanager
 import torch
@@ -16,6 +17,7 @@ from ..data.loader import grid, show_samples
 from ..infer.predictor import Predictor
 from .calibrate import calibrate
 from .summary import model_summary
+from .tricks import in_32_bits
 
 # %% ../../nbs/train/35g_evaluate.ipynb #667c72d1
 _PLACE = ('dl', 'run', 'training', 'n_epoch', 'epoch', 'iter', 'n_iter', 'n_items', 'batch', 'xb', 'yb', 'pred', 'loss')    # where a fit is
@@ -43,7 +45,8 @@ class Evaluation:
         "Measure in the middle of whatever is going on: the modes of the model and the place in the loop are put back"
         self._to_device()
         modes, place = [(m, m.training) for m in self.model.modules()], {k: vars(self)[k] for k in _PLACE if k in vars(self)}
-        kept = {k: vars(self.recorder)[k] for k in ('_valid', 'valid_loss')}
+        kept = {k: vars(self.recorder)[k] for k in ('_valid', 'valid_loss', 'metrics')}
+        if self._in_fit: self.recorder.metrics = deepcopy(self.recorder.metrics)      # those of the epoch that is going on are not touched
         try: yield
         finally:
             for m, mode in modes: m.training = mode
@@ -59,7 +62,8 @@ class Evaluation:
         got, n_inp = [], self._n_inp
         with self._bar_alone(), torch.no_grad():
             for i, batch in enumerate(dl):
-                pred = self.model(*batch[:n_inp]).float()
+                pred = in_32_bits(self.model(*batch[:n_inp]))
+                if not isinstance(pred, torch.Tensor): raise DataError(f'get_preds is for models that give one tensor, and this one gives a {type(pred).__name__}: call learn.model yourself')
                 loss = [self.losses(pred, *batch[n_inp:])] if with_loss and len(batch) > n_inp else []
                 got.append([o.cpu() for o in (*(batch[:n_inp] if with_input else ()), (act or self.activate)(pred), *batch[n_inp:], *loss)])
                 if self.progress in self.cbs: self.progress.step(i+1, len(dl), 'predict')

@@ -12,6 +12,7 @@ from fastcore.foundation import L
 from ..core import DataError, stream
 from ..data.label import CategoryBlock
 from ..data.loader import grid, show_sample
+from ..data.place import BBoxBlock
 
 # %% ../../nbs/train/38_interpret.ipynb #bf95a19a
 TopLosses = namedtuple('TopLosses', 'losses indices items')
@@ -44,7 +45,9 @@ class Interpretation:
         return cls(dl, meaning, *_predicted(learn, dl), name, learn)
 
     @classmethod
-    def _meaning(cls, block): return block
+    def _meaning(cls, block):
+        if isinstance(block, BBoxBlock): raise DataError("Interpretation ranks pictures by the loss of each, and a detector has one loss for a batch: look at learn.show_results(), and measure with metrics=mAP()")
+        return block
 
     def __len__(self): return len(self.losses)
     def __repr__(self): return f"{type(self).__name__} of {self._of()}: mean loss {self.losses.mean():.4f}"

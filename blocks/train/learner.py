@@ -26,7 +26,7 @@ from .recorder import ProgressCallback, Recorder
 from .schedule import flat_cos, one_cycle, sgdr, spread_lr
 from .scheduling import ParamScheduler, TorchScheduler
 from .strategy import FinetuneStrategy
-from .tricks import PRECISIONS, UnscaleGradients, training_precision
+from .tricks import PRECISIONS, UnscaleGradients, in_32_bits, training_precision
 
 # %% ../../nbs/train/36_learner.ipynb #aa4caf19
 class _Loop:
@@ -55,9 +55,9 @@ class _Loop:
         finally: self._in_fit = False
 
     def _epochs(self):
-        first = self.recipe.checkpoint['place']['epoch'] if self.recipe.here else 0
-        for self.epoch in range(first, self.n_epoch): self._stage('epoch', self._one_epoch, CancelEpochException)
-        self._take_up()                                                  # of a resumed fit that was complete
+        start = self.recipe.checkpoint['place'] if self.recipe.here else dict(epoch=0, batch=0)
+        if not start['batch']: self._take_up()                           # else in the middle of an epoch, behind what begins it
+        for self.epoch in range(start['epoch'], self.n_epoch): self._stage('epoch', self._one_epoch, CancelEpochException)
 
     def _one_epoch(self):
         self._stage('train', partial(self._all_batches, self.dls.train, True), CancelTrainException)
@@ -78,7 +78,7 @@ class _Loop:
         self.xb, self.yb, self.loss, self.n_items = tuple(self.batch[:self._n_inp]), tuple(self.batch[self._n_inp:]), None, self.dl.size(self.iter)
         self('before_batch')
         with self._computing(): pred = self.run(*self.xb)
-        self.pred = pred.float() if isinstance(pred, torch.Tensor) else pred
+        self.pred = in_32_bits(pred)
         if not self.training: self.pred, self.yb = self.world.gather((self.pred, self.yb), self.n_items)
         self('after_pred')
         if self.yb: self.loss = self.shared(self.loss_func(self.pred, *self.yb))
@@ -146,13 +146,16 @@ class _Setup:
 
     def _prepare(self, lr, wd, reset_opt):
         self._to_device()
-        if self.scaler is None or self.scaler.is_enabled() != (self.precision == 'fp16'): self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'fp16')
+        self._make_scaler()
         lr, groups = self.lr if lr is None else lr, self.splitter(self.model)
         lrs = spread_lr(lr, len(groups))
         if reset_opt or not self._opt_fits(groups): self.create_opt(lrs)
         for g in self.opt.param_groups:
             g['lr'] = lrs[g['layer']]
             if g['decays']: g['weight_decay'] = self.wd if wd is None else wd
+
+    def _make_scaler(self):
+        if self.scaler is None or self.scaler.is_enabled() != (self.precision == 'fp16'): self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == 'fp16')
 
     def create_opt(self, lrs=None):
         "A fresh optimizer for the model as it is now"
@@ -236,6 +239,7 @@ class _Recipes:
             self.freeze()
             self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=.99, cbs=cbs, **kw)
             self.unfreeze()
+            if _over(cbs): return
         base_lr /= 2
         self.fit_one_cycle(epochs, slice(base_lr/lr_mult, base_lr), pct_start=pct_start, div=div, cbs=cbs, **kw)
 
@@ -251,8 +255,8 @@ class _Recipes:
 
     @contextmanager
     def _cbs_for_search(self):
-        "Without callbacks that keep, stop or report, for a while"
-        before, self.cbs = self.cbs, [cb for cb in self.cbs if cb.in_lr_find and cb is not self.progress]
+        "Without callbacks that keep, stop, report or set the rate, for a while"
+        before, self.cbs = self.cbs, [cb for cb in self.cbs if cb.in_lr_find and not cb.sets_lr and cb is not self.progress]
         try: yield
         finally: self.cbs = before
 
@@ -260,13 +264,16 @@ class _Recipes:
     def fit_progressive(self,
         stages,      # [(size, epochs), …]: sizes are ints or (height, width), usually from small to large
         lr_max=None, # as in `fit_one_cycle`, for every stage
-        **kw,        # further arguments of `fit_one_cycle`
+        max_minutes=None,       # as in `fit`, for all stages together
+        cbs=None, **kw,         # further arguments of `fit_one_cycle`
     ):
         "Train at one size after another, each for some epochs of one cycle; the learner keeps the loaders of the last size. Small pictures teach the rough things in a fraction of the time"
         if not len(stages) or any(not isinstance(o, (tuple, list)) or len(o) != 2 for o in stages): raise TrainingError(f"fit_progressive: expected a list of (size, epochs), such as [(128, 3), (224, 2)], and got {stages!r}")
+        cbs = [*self._plans(None, None, None, max_minutes), *as_list(cbs)]
         for size, epochs in stages:
+            if _over(cbs): return
             self.dls = self.dls.new(size=size)
-            self.fit_one_cycle(epochs, lr_max, **kw)
+            self.fit_one_cycle(epochs, lr_max, cbs=cbs, **kw)
 
     def to_fp16(self):
         "Train in float16, with the loss scaled so that small gradients are not lost"
@@ -294,6 +301,8 @@ class _Recipes:
     def unfreeze(self):
         "Every layer group learns"
         self.freeze_to(0)
+
+def _over(cbs): return any(isinstance(cb, TimeLimit) and cb.over for cb in cbs)
 
 # %% ../../nbs/train/36_learner.ipynb #ae200a97
 class Learner(_Loop, _Setup, _Recipes, Evaluation, Saving):

@@ -9,6 +9,7 @@ __all__ = ['CSVLogger', 'ShowGraphCallback', 'TensorBoardCallback', 'WandbCallba
 import csv, io, os, time
 from pathlib import Path
 from ..core import TrainingError, require
+from ..infer.predictor import write_whole
 from .callback import Callback
 from .metric import is_lower_better
 from .recorder import _in_notebook
@@ -206,7 +207,8 @@ class WandbCallback(_StepLogger):
         super().after_fit()
         if self.log_model and self._opened and self.learn.world.first:
             name = self.model_name or f'run-{self.run.id}-model'
-            self.run.log_model(path=str(self.learn.save(name, with_opt=False)), name=name)
+            write_whole(dict(model=self.learn.model.state_dict(), opt=None), self.learn._file(name))       # not learn.save, for which all processes would wait
+            self.run.log_model(path=str(self.learn._file(name)), name=name)
 
     def _open(self):
         if self.run is None: self.run = self._find_run()

@@ -7,7 +7,7 @@ __all__ = ['accuracy', 'error_rate', 'top_k_accuracy', 'accuracy_multi', 'mse', 
            'as_metric', 'unique_names', 'is_lower_better']
 
 # %% ../../nbs/train/31_metric.ipynb #de0b1c20
-import functools, re
+import functools, inspect, re
 import torch
 import torch.nn.functional as F
 from fastcore.basics import camel2snake
@@ -228,6 +228,22 @@ class _FunctionMetric(Metric):
     def update(self, pred, act, y): self.preds.append(_map(_to_cpu, pred)); self.targs.append(_map(_to_cpu, y))
     def compute(self): return self.f(_cat(self.preds), _cat(self.targs))
 
+class _SklearnMetric(_FunctionMetric):
+    "A function of scikit-learn, which takes the truth first: then probabilities where it asks for scores, of the second class where there are two, else classes"
+    def update(self, pred, act, y):
+        p = pred if act is None else act
+        if p.numel() == y.numel(): p = p.reshape(y.shape)
+        elif p.ndim == y.ndim + 1 and not self.wants_scores: p = p.argmax(1)
+        elif p.ndim == y.ndim + 1 and p.shape[1] == 2 and self.name != 'log_loss': p = p[:, 1]
+        super().update(p, None, y)
+    @property
+    def wants_scores(self): return self.name == 'log_loss' or list(inspect.signature(self.f).parameters)[1] in ('y_score', 'y_prob', 'y_proba', 'pred_decision')
+    def compute(self):
+        try: return self.f(_cat(self.targs).numpy(), _cat(self.preds).numpy())
+        except ValueError as e:
+            if 'mix of' not in str(e): raise
+            raise DataError(f"scikit-learn's {self.name} wants an answer of yes or no for each label, and gets probabilities: take one of blocks, such as F1ScoreMulti() or PrecisionMulti(), or a function f(preds, targs) of your own") from e
+
 class _MeanMetric(Metric):
     "A function of ours that follows from a mean over entries, which are added up batch by batch"
     def __init__(self, f): self.entries, self.finish = _parts(f); super().__init__(_name(f))
@@ -254,7 +270,13 @@ def _to_cpu(t): return t.detach().cpu()
 def _cat(batches):
     "The tensors of all batches as one; of tuples, each part as one"
     if type(batches[0]) in (tuple, list): return type(batches[0])(_cat(part) for part in zip(*batches))
+    if batches[0].ndim == 3: batches = _as_long(batches)
     return torch.cat(batches)
+
+def _as_long(batches):
+    "Lists of boxes (n, k, …) of different length k, filled up with -1, which as a class means that there is none"
+    k = max(b.shape[1] for b in batches)
+    return [b if b.shape[1] == k else torch.cat([b, b.new_full((len(b), k - b.shape[1], b.shape[2]), -1)], 1) for b in batches]
 
 def _as_torchmetrics_wants(kind, act, y):
     "`act` and `y` in the shapes and types that the torchmetrics class called `kind` takes"
@@ -263,6 +285,10 @@ def _as_torchmetrics_wants(kind, act, y):
     if kind.startswith('Binary') and act.ndim == y.ndim + 1 and act.shape[1] == 2: act = act[:, 1]
     if act.ndim != y.ndim and act.numel() == y.numel(): act = act.reshape(y.shape)      # (n, 1) against (n,)
     return act, y
+
+def _of_sklearn(f):
+    while isinstance(f, functools.partial): f = f.func
+    return (getattr(f, '__module__', None) or '').startswith('sklearn.metrics')
 
 def _name(f):
     "What a function is called: its own name, that of the function inside a partial, or that of its class"
@@ -275,13 +301,13 @@ def _parts(f):
     return (f._entries, f._finish) if hasattr(f, '_entries') else None
 
 def as_metric(
-    m,    # a `Metric`, a `torchmetrics` metric, or a function `f(preds, targs)` that gives one number
+    m,    # a `Metric`, a metric of torchmetrics, a function of scikit-learn, or your own `f(preds, targs)` that gives one number
 ):
     "`m` as a `Metric`; raises `DataError` when it is none of these"
     if isinstance(m, Metric): return m
     if isinstance(m, type): raise DataError(f"a metric is an object or a function, and got the class {m.__name__}: make one, as in {m.__name__}(…)")
     if all(callable(getattr(m, verb, None)) for verb in ('update', 'compute', 'reset')): return _TorchMetric(m)
-    if callable(m): return _MeanMetric(m) if _parts(m) else _FunctionMetric(m)
+    if callable(m): return _SklearnMetric(m) if _of_sklearn(m) else _MeanMetric(m) if _parts(m) else _FunctionMetric(m)
     raise DataError(f"a metric is a Metric, a torchmetrics metric or a function f(preds, targs), and got {m!r}")
 
 # %% ../../nbs/train/31_metric.ipynb #0467cfc8

@@ -20,6 +20,7 @@ class _Mixer(Callback):
     partner = None    # (n,) the item that each item of this training batch is mixed with; None: this batch is not mixed here
     lam = None        # (n,) λ of each item, the share of its own
     whole = ()        # of each target, whether it was mixed like an input, so that there is no other
+    others = ()       # the targets of the partners
 
     def __init__(self, alpha):
         if not isinstance(alpha, Real) or not 0 < alpha < math.inf: raise TrainingError(f"{type(self).__name__}(alpha={alpha!r}): expected a number above 0, of the Beta(alpha, alpha) distribution that λ is drawn from")
@@ -33,25 +34,25 @@ class _Mixer(Callback):
         l = self.learn
         if not l.training: return
         self.partner, mixers = None, [cb for cb in l.cbs if isinstance(cb, _Mixer)]
-        rng = stream(l.dls.train.seed, 'mix', l.passes, l.iter, *[l.world.rank]*(l.world.rank > 0))       # where several processes share a batch, each mixes its own part
+        rng = stream(l.dls.train.seed, 'mix', l.passes, l.iter)
         if mixers[rng.integers(len(mixers))] is not self: return
         for x in l.xb:
             if not x.is_floating_point(): raise TrainingError(f"{type(self).__name__} mixes inputs of floats, and got one of {x.dtype} with shape {tuple(x.shape)}: leave {type(self).__name__} out")
+        part = l.world.part
+        l.xb, l.yb = l.world.gather((l.xb, l.yb), l.n_items)                   # a partner may be in the part of another process
         self.partner, self.whole = self._to_device(rng.permutation(len(l.xb[0]))), [False]*len(l.yb)
         self.mix(rng)
+        self.others = tuple(part(y if whole else y[self.partner]) for y, whole in zip(l.yb, self.whole))
+        self.lam, l.xb, l.yb = part(self.lam), tuple(map(part, l.xb)), tuple(map(part, l.yb))
 
     def _to_device(self, array):
         "A numpy array on the device of the inputs, without waiting; float64 becomes float32"
         return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array).to(self.learn.xb[0].device, non_blocking=True)
 
-    def others(self):
-        "The targets of the partners"
-        return tuple(y if whole else y[self.partner] for y, whole in zip(self.learn.yb, self.whole))
-
     def after_loss(self):
         l = self.learn
         if not l.training or self.partner is None or all(self.whole): return
-        l.loss = l.shared(l.losses(l.pred, *self.others()).lerp(l.losses(l.pred, *l.yb), self.lam).mean())
+        l.loss = l.shared(l.losses(l.pred, *self.others).lerp(l.losses(l.pred, *l.yb), self.lam).mean())
 
 # %% ../../nbs/train/35b_mix.ipynb #c5bf8b6a
 class MixUp(_Mixer):

@@ -67,12 +67,12 @@ def is_norm(
     "Whether `m` is a normalisation layer, of PyTorch, torchvision or timm"
     return isinstance(m, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)) or type(m).__name__ in ('LayerNorm2d', 'BatchNormAct2d', 'RMSNorm')
 
-_OTHER_LOOPS = dict(lbfgs='computes the loss several times in a step', sparseadam='needs sparse gradients')
+_OTHER_LOOPS = dict(lbfgs='computes the loss several times in a step', sparseadam='needs sparse gradients', muon='takes matrices alone, and these models have biases and convolutions')
 
 def _opt_class(opt_func):
     if not isinstance(opt_func, str): return opt_func
     name, names = opt_func.lower(), {k.lower(): v for k, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, torch.optim.Optimizer) and v is not torch.optim.Optimizer}
-    if name in _OTHER_LOOPS: raise TrainingError(f"opt_func={opt_func!r} {_OTHER_LOOPS[name]}, which this loop does not do: choose another, such as 'adamw'")
+    if name in _OTHER_LOOPS: raise TrainingError(f"opt_func={opt_func!r} {_OTHER_LOOPS[name]}, which does not go with this loop: choose another, such as 'adamw'")
     names = {**names, 'ranger': Ranger}
     if name not in names: raise TrainingError(f"opt_func={opt_func!r}: there is no such optimizer; there are {', '.join(sorted(names.keys() - _OTHER_LOOPS.keys()))}")
     return names[name]

@@ -48,8 +48,8 @@ class Recorder(Callback):
         if l.training: self._pending.append(loss); self._items.append(l.n_items); self._note_rates(l.opt.param_groups)
         else:
             self._valid.append((loss, l.n_items))
-            y, pred = (l.yb[0] if len(l.yb) == 1 else l.yb), l.pred.detach()
-            for m in self.metrics: m.accumulate(pred, l.activate(pred), y)
+            y, pred = (l.yb[0] if len(l.yb) == 1 else l.yb), _detached(l.pred)
+            for m in self.metrics: m.accumulate(pred, (l.activate(pred) if isinstance(pred, torch.Tensor) else pred), y)
     def after_train(self): self.train_loss = self._epoch_loss()
     def after_validate(self): self.valid_loss = _weighted_mean(torch.stack([o for o, _ in self._valid]).tolist(), [n for _, n in self._valid]) if self._valid else None
     def after_epoch(self):
@@ -166,6 +166,8 @@ class Recorder(Callback):
         return axs
 
 _KEPT = ('losses', 'lrs', 'moms', 'rates', 'times', 'steps', '_items')
+
+def _detached(pred): return type(pred)(map(_detached, pred)) if isinstance(pred, (tuple, list)) else pred.detach()
 
 def _weighted_mean(losses, items):
     "Mean of losses weighted by the items in their batch; None without any"

@@ -66,8 +66,8 @@ class TorchScheduler(Callback):
         if self.every == 'batch': return
         if not self.on_plateau: self.scheduler.step()
         elif (loss := self.learn.recorder.last('valid_loss')) is not None: self.scheduler.step(loss)
-    def state_dict(self): return dict(scheduler=self.scheduler.state_dict())
-    def load_state_dict(self, state): self.scheduler.load_state_dict(state['scheduler'])
+    def state_dict(self): return dict(scheduler=self.scheduler.state_dict(), before=self._before)
+    def load_state_dict(self, state): self.scheduler.load_state_dict(state['scheduler']); self._before = state['before']
     def after_fit(self):
         self._forget(self.learn.opt)
         for g, before in zip(self.learn.opt.param_groups, getattr(self, '_before', ())): g.update(before)

@@ -9,11 +9,13 @@ from torch import nn
 from torchvision.transforms import v2
 
 from blocks import (
+    CutMix,
     DataBlock,
     EarlyStoppingCallback,
     GradientAccumulation,
     IndexSplitter,
     Learner,
+    MixUp,
     SaveModelCallback,
     accuracy,
     aug_transforms,
@@ -51,7 +53,7 @@ results['file'] = learn.export('model.pkl').name
 
 # a last batch of fewer items than processes, several batches to a step, a table that ends early, weights that are saved and loaded
 def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
-for name, cbs, kw in (('adam', [], {}), ('accumulation', [GradientAccumulation(8)], dict(opt_func='sgd'))):
+for name, cbs, kw in (('adam', [], {}), ('accumulation', [GradientAccumulation(8)], dict(opt_func='sgd')), ('mixed', [MixUp(), CutMix()], {})):
     learn = Learner(loaders(13, 4, drop_last=False), net(), metrics=accuracy, lr=5e-3, precision='fp32', path=out, **kw)
     with learn.no_bar(): learn.fit(4, cbs=[*cbs, EarlyStoppingCallback(min_delta=.5), SaveModelCallback(fname=name)])
     results[name] = result(learn)
