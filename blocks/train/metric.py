@@ -234,7 +234,8 @@ class _SklearnMetric(_FunctionMetric):
         p = pred if act is None else act
         if p.numel() == y.numel(): p = p.reshape(y.shape)
         elif p.ndim == y.ndim + 1 and not self.wants_scores: p = p.argmax(1)
-        elif p.ndim == y.ndim + 1 and p.shape[1] == 2 and self.name != 'log_loss': p = p[:, 1]
+        elif p.ndim == y.ndim + 1 and self.name == 'log_loss': p = p.double()/p.double().sum(1, keepdim=True)        # it warns of sums that are 1 in 32 bits only
+        elif p.ndim == y.ndim + 1 and p.shape[1] == 2: p = p[:, 1]
         super().update(p, None, y)
     @property
     def wants_scores(self): return self.name == 'log_loss' or list(inspect.signature(self.f).parameters)[1] in ('y_score', 'y_prob', 'y_proba', 'pred_decision')
