@@ -2174,7 +2174,6 @@ d = { 'settings': {'doc_baseurl': '', 'doc_host': '', 'git_url': '', 'lib_path':
                                      'blocks.train.metric._TorchMetric.update': ( 'train/metric.html#_torchmetric.update',
                                                                                   'blocks/train/metric.py'),
                                      'blocks.train.metric._answers': ('train/metric.html#_answers', 'blocks/train/metric.py'),
-                                     'blocks.train.metric._as_long': ('train/metric.html#_as_long', 'blocks/train/metric.py'),
                                      'blocks.train.metric._as_torchmetrics_wants': ( 'train/metric.html#_as_torchmetrics_wants',
                                                                                      'blocks/train/metric.py'),
                                      'blocks.train.metric._cat': ('train/metric.html#_cat', 'blocks/train/metric.py'),

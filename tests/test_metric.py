@@ -194,3 +194,11 @@ def test_a_function_of_scikit_learn_that_cannot_take_several_labels_names_one_th
     pred = torch.randn(10, 3)
     m.accumulate(pred, pred.sigmoid(), (torch.rand(10, 3) > .5).float())
     with pytest.raises(TrainingError, match='F1ScoreMulti'): m.value
+
+def test_lists_of_boxes_of_different_length_are_joined_and_masks_of_different_size_are_not():
+    m = as_metric(lambda preds, targs: targs.shape[1] + (targs[0, -1, -1] == -1).float())
+    for k in (1, 3): m.accumulate(torch.zeros(2, 4, 6), None, torch.ones(2, k, 5))
+    assert m.value == 4                                                   # three rows, the last of the first picture without a box
+    m.reset()
+    for h in (4, 6): m.accumulate(torch.zeros(2, 3), None, torch.zeros(2, h, 5, dtype=torch.int64))
+    with pytest.raises(TrainingError, match='Sizes of tensors'): m.value

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import camel2snake
 from ..core import BlocksError, DataError, TrainingError
+from ..data.place import _more_rows
 from .loss import _check_pairs, flatten_check
 
 # %% ../../nbs/train/31_metric.ipynb #c1013a15
@@ -271,13 +272,8 @@ def _to_cpu(t): return t.detach().cpu()
 def _cat(batches):
     "The tensors of all batches as one; of tuples, each part as one"
     if type(batches[0]) in (tuple, list): return type(batches[0])(_cat(part) for part in zip(*batches))
-    if batches[0].ndim == 3: batches = _as_long(batches)
+    if batches[0].ndim == 3 and batches[0].is_floating_point(): batches = [_more_rows(b, max(o.shape[1] for o in batches)) for b in batches]      # lists of boxes
     return torch.cat(batches)
-
-def _as_long(batches):
-    "Lists of boxes (n, k, …) of different length k, filled up with -1, which as a class means that there is none"
-    k = max(b.shape[1] for b in batches)
-    return [b if b.shape[1] == k else torch.cat([b, b.new_full((len(b), k - b.shape[1], b.shape[2]), -1)], 1) for b in batches]
 
 def _as_torchmetrics_wants(kind, act, y):
     "`act` and `y` in the shapes and types that the torchmetrics class called `kind` takes"
