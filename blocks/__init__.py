@@ -28,7 +28,9 @@ _NAMES = {
     'model.head': 'AdaptiveConcatPool2d SigmoidRange VisionModel create_head mlp_head param_groups',
     'model.arch': 'create_body',
     'model.unet': 'DynamicUnet',
-    'infer.predictor': 'Predictions Predictor load_learner',
+    'infer.predictions': 'Predictions',
+    'infer.predictor': 'Predictor',
+    'infer.file': 'load_learner',
     'train.loss': 'BCEWithLogitsLossFlat CrossEntropyLossFlat DiceLoss FocalLossFlat L1LossFlat LabelSmoothingCrossEntropyFlat MSELossFlat',
     'train.metric': 'Metric accuracy accuracy_multi error_rate exp_rmspe mae mse msle rmse top_k_accuracy',
     'train.scores': '''APScoreBinary APScoreMulti BalancedAccuracy BrierScore BrierScoreMulti CohenKappa Dice DiceMulti ExpectedCalibrationError ExplainedVariance F1Score

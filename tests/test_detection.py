@@ -14,7 +14,8 @@ from blocks.data.datablock import DataBlock
 from blocks.data.frame import Resize
 from blocks.data.label import CategoryBlock
 from blocks.data.place import BBoxBlock, BBoxLblBlock, Detection
-from blocks.infer.predictor import Predictor, load_learner
+from blocks.infer.file import load_learner
+from blocks.infer.predictor import Predictor
 from blocks.train.detection import BoxesToModel, detection_learner, detection_loss, mAP
 from blocks.train.interpret import Interpretation
 from blocks.train.memory import ActivationCheckpointing, find_batch_size

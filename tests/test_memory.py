@@ -175,7 +175,7 @@ def test_an_export_in_the_middle_of_training(dls, tmp_path):
         order = 95
         def before_batch(self):
             if self.learn.training and not self.learn.iter: self.learn.export('model.pkl')
-    from blocks.infer.predictor import load_learner
+    from blocks.infer.file import load_learner
     learn, _ = trained(dls, model_of('test_resnet'), ActivationCheckpointing(), Export(), path=tmp_path)
     assert not placed(load_learner(tmp_path/'model.pkl').model)
 

@@ -24,7 +24,7 @@ from blocks.data.frame import FrameDraw
 from blocks.data.loader import Loader, Samples
 from blocks.data.sound import SpectrogramBlock, _hz, _mel, _mel_filters
 from blocks.data.sound_mask import FrequencyMask, TimeMask
-from blocks.infer.predictor import from_spec, to_spec
+from blocks.infer.file import from_spec, to_spec
 
 RATE = 16000
 

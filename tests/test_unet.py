@@ -181,7 +181,7 @@ def test_learns_a_rectangle_exports_and_loads_in_a_fresh_process(folder, tmp_pat
     path, item = learn.export(tmp_path/'u.pkl'), folder/'im'/'3.png'; mask, tensor, probs = learn.predict(item)
     assert mask.shape == (32, 40) and isinstance(mask, np.ndarray) and tensor.shape == (32, 40) and probs.shape == (2, 32, 40) and torch.allclose(probs.sum(0), torch.ones(32, 40))
     assert (mask == np.array(Image.open(folder/'lab'/'3.png'))).mean() > .9
-    code = f"import numpy as np, torch; from blocks.infer.predictor import load_learner; m, t, p = load_learner({str(path)!r}).predict({str(item)!r}); np.savez({str(tmp_path/'r.npz')!r}, m=m, t=t.numpy(), p=p.numpy())"
+    code = f"import numpy as np, torch; from blocks.infer.file import load_learner; m, t, p = load_learner({str(path)!r}).predict({str(item)!r}); np.savez({str(tmp_path/'r.npz')!r}, m=m, t=t.numpy(), p=p.numpy())"
     subprocess.run([sys.executable, '-c', code], check=True)
     got = np.load(tmp_path/'r.npz'); assert np.array_equal(got['m'], mask) and np.array_equal(got['t'], tensor.numpy()) and np.allclose(got['p'], probs.numpy(), atol=1e-5)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.foundation import L
 from ..core import TrainingError
-from ..infer.predictor import export_predictor, is_plain, write_whole
+from ..infer.file import export_predictor, is_plain, write_whole
 from .callback import Callback, TimeLimit
 from .scheduling import SCHEDULER_NOTES
 

@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 
 from blocks import (CategoryBlock, DataBlock, DataError, ExportError, ImageBlock, ItemError, Learner, Predictor, RandomResizedCrop, RandomSplitter, Resize, aug_transforms,
                     cnn_learner, get_image_files, load_learner)
-from blocks.infer import predictor as module
-from blocks.infer.predictor import export_predictor
+from blocks.infer import file as module
+from blocks.infer.file import export_predictor
 
 
 def invert(im): return 255 - im
