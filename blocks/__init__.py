@@ -30,7 +30,10 @@ _NAMES = {
     'model.unet': 'DynamicUnet',
     'infer.predictions': 'Predictions',
     'infer.predictor': 'Predictor',
+    'infer.card': 'inspect_export model_card',
     'infer.file': 'load_learner',
+    'infer.runtime': 'OnnxPredictor',
+    'infer.pipeline': 'CascadeDetector Pipeline YuNetDetector',
     'train.loss': 'BCEWithLogitsLossFlat CrossEntropyLossFlat DiceLoss FocalLossFlat L1LossFlat LabelSmoothingCrossEntropyFlat MSELossFlat',
     'train.metric': 'Metric accuracy accuracy_multi error_rate exp_rmspe mae mse msle rmse top_k_accuracy',
     'train.scores': '''APScoreBinary APScoreMulti BalancedAccuracy BrierScore BrierScoreMulti CohenKappa Dice DiceMulti ExpectedCalibrationError ExplainedVariance F1Score
@@ -57,6 +60,7 @@ _NAMES = {
     'train.gradcam': 'grad_cam plot_gradcam',
     'train.crossval': 'cross_validate',
     'train.compare': 'compare',
+    'app.widgets': 'ImageClassifierCleaner',
 }
 _HOME = {name: f'blocks.{module}' for module, names in _NAMES.items() for name in names.split()}
 _HOME |= dict.fromkeys('resnet18 resnet34 resnet50 resnet101 resnet152'.split(), 'torchvision.models') | {'L': 'fastcore.foundation', 'Path': 'pathlib'}

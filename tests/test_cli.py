@@ -13,6 +13,7 @@ from PIL import Image
 import blocks
 from blocks import DataError
 from blocks.app import cli, demo
+from blocks.app.tables import read_folder
 
 
 def code(argv):
@@ -88,11 +89,10 @@ def test_what_was_found_is_three_printed_and_written(folder, capsys, tmp_path):
     data = json.loads(said)
     assert done == 3 and data['items'] == 22 and data['problems']['leak'] == 2 and len(data['findings']) == sum(data['problems'].values()) and {'problem', 'item', 'group'} <= set(data['findings'][0])
 
-def test_folders_without_splits_or_classes(folder, capsys):
-    assert cli._from_folder(folder/'train')[1:] == (['cat']*5 + ['dog']*5, None)
-    assert cli._from_folder(folder/'train'/'cat')[1:] == (None, None)
-    items, labels, splits = cli._from_folder(folder)
-    assert labels == (['cat']*5 + ['dog']*5)*2 and splits == ['train']*10 + ['valid']*10 and len(items) == 20
+def test_folders_without_splits_or_classes(folder):
+    one, none, both = map(read_folder, (folder/'train', folder/'train'/'cat', folder))
+    assert one.labels == ['cat']*5 + ['dog']*5 and one.splits is None and none.labels is none.splits is None
+    assert both.labels == (['cat']*5 + ['dog']*5)*2 and both.splits == ['train']*10 + ['valid']*10 and len(both) == 20
 
 @pytest.mark.parametrize('sep,header', [(',', True), (';', True), ('\t', False), ('  ', False)])
 def test_tables(folder, capsys, tmp_path, sep, header):
@@ -106,7 +106,7 @@ def test_tables(folder, capsys, tmp_path, sep, header):
 
 @pytest.mark.parametrize('make,said', [
     (lambda p: [p/'nowhere'], 'no folder'), (lambda p: [p/'t.csv'], 'is a file'), (lambda p: [p/'none'], 'no image'), (lambda p: [p, '--csv', 'no.csv'], 'no table'),
-    (lambda p: [p, '--csv', 't.csv', '--fn-col', 'x'], "'a', 'b'"), (lambda p: [p, '--csv', 't.csv', '--fn-col', '2'], 'no column'), (lambda p: [p, '--csv', 'empty.csv'], 'empty.csv'), (lambda p: [p, '--out', p/'t.csv'], '--out')])
+    (lambda p: [p, '--csv', 't.csv', '--fn-col', 'x'], "'a', 'b'"), (lambda p: [p, '--csv', 't.csv', '--fn-col', '2'], 'no column'), (lambda p: [p, '--csv', 'empty.csv'], 'empty.csv'), (lambda p: [p, '--out', p/'t.csv'], 'cannot be written')])
 def test_errors_of_the_user_are_one(folder, capsys, make, said):
     (folder/'none').mkdir(); (folder/'t.csv').write_text('a,b\n1,2\n'); (folder/'empty.csv').write_text('')
     done, text = audit(capsys, *make(folder))

@@ -54,8 +54,8 @@ def readme(names, root=ROOT):
     from render import render_readme
     render_readme(root/'nbs/index.ipynb', root/'README.md')
 
-# Running. A kernel for each notebook costs some seconds more than `nbdev_test`, which can run them all in one process. It is worth them: no notebook
-# sees what another one imported, set or left in memory, and what is compared here is what a reader gets in Jupyter.
+# Running. A kernel for each notebook costs more than `nbdev_test`, which can run them all in one process. It is worth it: no notebook
+# sees what another one set or left in memory, and what is compared here is what a reader gets in Jupyter.
 
 def merged(outputs):
     "`outputs` with printed text that arrived in pieces put together: where it is cut depends on the moment"
@@ -65,19 +65,17 @@ def merged(outputs):
         else: res.append(o)
     return res
 
-def execute(nb):
+def execute(nb, kernel):
     "Run every cell of `nb` in a fresh kernel whose folder is the notebook's; returns the notebook as it was and as it is then"
     import nbformat
     from nbclient import NotebookClient
     from traitlets.config import Config
-    os.environ.setdefault('OMP_NUM_THREADS', '1')                        # notebooks run side by side: threads of each for all cores would wait for one another
-    os.environ.update(MPLBACKEND='module://matplotlib_inline.backend_inline', PYDEVD_DISABLE_FILE_VALIDATION='1', PYTHONWARNINGS='ignore:IProgress not found')
     old, new = nbformat.read(nb, 4), nbformat.read(nb, 4)
     for c in new.cells:
         if c.cell_type == 'code' and re.search(r'^#\|\s*eval:\s*false', c.source, re.M): c.metadata.tags, c.outputs = ['skip-execution'], []
     with tempfile.TemporaryDirectory() as tmp:                           # sockets in a folder of one's own: TCP ports get lost to the kernel next door
         sockets = {'transport': 'ipc', 'ip': f'{tmp}/kernel'} if os.name == 'posix' else {}
-        NotebookClient(new, timeout=600, kernel_name='python3', record_timing=False, config=Config(KernelManager=sockets),
+        NotebookClient(new, timeout=600, kernel_name=kernel, record_timing=False, store_widget_state=False, config=Config(KernelManager=sockets),
                        resources={'metadata': {'path': str(nb.parent)}}).execute()
     for c in new.cells:
         if c.cell_type == 'code': c.outputs = merged(c.outputs)
@@ -89,15 +87,18 @@ def shows(cell):
 
 def each(names, then):
     "Execute notebooks, as many at once as there are cores, and call `then(nb, old, new)`, which says what is wrong; fail after the last, not the first"
+    from kernels import forked_kernels
     from nbclient.exceptions import CellExecutionError, DeadKernelError
+    os.environ.setdefault('OMP_NUM_THREADS', '1')                        # notebooks run side by side: threads of each for all cores would wait for one another
+    os.environ.update(MPLBACKEND='module://matplotlib_inline.backend_inline', PYDEVD_DISABLE_FILE_VALIDATION='1', PYTHONWARNINGS='ignore:IProgress not found')
     def one(nb):
         start = time.time()
-        try: problem = then(nb, *execute(nb))
+        try: problem = then(nb, *execute(nb, kernel))
         except (CellExecutionError, DeadKernelError, RuntimeError, TimeoutError) as e: problem = ANSI.sub('', str(e))
         print(f'{place(nb)}:', f'FAILED\n{problem}' if problem else f'ran in {time.time()-start:.0f} s', flush=True)
         return problem
     books = notebooks(names)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool: failed = [nb for nb, problem in zip(books, pool.map(one, books), strict=True) if problem]
+    with forked_kernels() as kernel, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool: failed = [nb for nb, problem in zip(books, pool.map(one, books), strict=True) if problem]
     if failed: sys.exit(f"{len(failed)} failed: {', '.join(str(place(nb)) for nb in failed)}")
 
 def run(names):

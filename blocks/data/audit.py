@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 import numpy as np
 from ..core import BlocksError, DataError, default_workers
-from .block import open_image, read_image, upright_size
 from .frame import Frame
+from .image import open_image, read_image, upright_size
 
 # %% ../../nbs/data/05a_audit.ipynb #f20982cb
 _SIDE = 128    # pixels of the small pictures that are compared

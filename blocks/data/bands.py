@@ -14,7 +14,8 @@ import numpy as np, torch
 from PIL import Image
 from torchvision import tv_tensors
 from ..core import BlocksError, DataError, require
-from .block import ImageBlock, check_pixels, _padded, _resize
+from .block import ImageBlock
+from .image import check_pixels, _padded, _resize
 
 # %% ../../nbs/data/03c_bands.ipynb #a90beda2
 def _load(raw):

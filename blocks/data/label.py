@@ -138,6 +138,9 @@ class CategoryBlock(_Classes):
     class_names: dict = field(default=None, repr=False)    # raw label → readable name, or the path of a JSON file with that; labels are compared as text, so 21 finds '21'
     weights: object = None    # of the classes in the loss, above 0: 'balanced' (learned by fit), one for each class in order, or a dict label → weight, 1 for the others
     temperature: float = field(default=1., repr=False)     # `activate` divides the scores by it before the softmax: above 1 less sure, below 1 more; the loss does not know it
+    confidences: tuple = field(default=None, repr=False)   # the probabilities of the likeliest class that 0, 1, … 100 % of held-back items stay below; `calibrate` sets them
+    threshold: float = field(default=0., repr=False)       # a class that is less probable is not told: the index is -1, the label 'unknown'
+    answer = 'category'
     _mend = 'give one label for each item in get_y, or use MultiCategoryBlock for several'
 
     def __post_init__(self):
@@ -146,6 +149,7 @@ class CategoryBlock(_Classes):
             self._set(vocab=self._checked_vocab())
             self._check_names(self.vocab)
         self._set(weights=self._checked_weights(), temperature=self._checked_temperature())
+        if not 0 <= self.threshold <= 1: raise DataError(f"threshold={self.threshold!r}: expected a probability, from 0 to 1")
 
     def fit(self, raws):
         block = self if self.vocab is not None else replace(self, vocab=self._learned(raws))
@@ -205,11 +209,26 @@ class CategoryBlock(_Classes):
         weight = None if self.weights is None else torch.tensor(self.weights).to(pred.device, non_blocking=True)
         return F.cross_entropy(pred.float(), y, weight, reduction=reduction)
     def activate(self, pred): return (pred.float()/self.temperature).softmax(-1)
-    def decide(self, act): return act.argmax(-1)
+    def decide(self, act):
+        "The index of the likeliest class, -1 where it is below the threshold"
+        best = act.max(-1)
+        return best.indices.where(best.values >= self.threshold, -1) if self.threshold else best.indices
     def decode(self, value):
-        "The label, from an index or from probabilities"
+        "The label, from an index or from probabilities; 'unknown' for what is below the threshold"
         value = torch.as_tensor(value)
-        return self.vocab[int(value.argmax(-1) if value.ndim else value)]
+        i = int(self.decide(value) if value.ndim else value)
+        return self.vocab[i] if i >= 0 else 'unknown'
+
+    def rejecting(self,
+        threshold=None,    # the probability below which the class is 'unknown'
+        reject=None,       # instead of it: the share of held-back items whose class may become 'unknown', 0 to 1
+    ):
+        "The same block with a threshold. Raises `DataError` for `reject` where `calibrate` has not measured confidences"
+        if reject is None: return self if threshold is None else replace(self, threshold=float(threshold))
+        if threshold is not None: raise DataError("threshold= and reject= both say what is too unsure: give one of them")
+        if not 0 <= reject <= 1: raise DataError(f"reject={reject!r}: expected a share of the held-back items, from 0 to 1, such as .05")
+        if self.confidences is None: raise DataError(f"reject={reject} asks how sure the model was of held-back items, and that was not measured: call learn.calibrate() before export, or give threshold=")
+        return replace(self, threshold=float(np.interp(reject, np.linspace(0, 1, len(self.confidences)), self.confidences)))
     def show(self, value, ax, title=None): ax.set_title(str(value))
 
 # %% ../../nbs/data/03a_label.ipynb #c5c4e8ae
@@ -237,6 +256,7 @@ class MultiCategoryBlock(_Classes):
     add_na: bool = False      # put '#na#' first, for labels that are missing or not in the vocabulary
     thresh: float = .5        # a label counts as predicted above this probability; 0 to 1
     temperature: float = field(default=1., repr=False)     # `activate` divides the scores by it before the sigmoid: above 1 less sure, below 1 more; the loss does not know it
+    answer = 'multi'
     _mend = 'give one flat list of labels for each item'
 
     def __post_init__(self):
@@ -297,6 +317,10 @@ class MultiCategoryBlock(_Classes):
         return _reduced(F.binary_cross_entropy_with_logits(pred.float(), y.float(), reduction='none').mean(-1), reduction)
     def activate(self, pred): return (pred.float()/self.temperature).sigmoid()
     def decide(self, act): return act > self.thresh
+    def rejecting(self, threshold=None, reject=None):
+        "The same block with `threshold` as `thresh`; there is no share to reject where any number of labels may be right, none among them"
+        if reject is not None: raise DataError("reject= turns away items by their one class; several labels have a threshold=: what is less probable is left out")
+        return self if threshold is None else replace(self, thresh=float(threshold))
     def decode(self, value):
         "The list of labels, from probabilities, or from a row of 0 and 1"
         return [o for o, yes in zip(self.vocab, (torch.as_tensor(value) > self.thresh).tolist(), strict=True) if yes]
@@ -311,6 +335,7 @@ class RegressionBlock(Block):
     n × 1 or n; `activate` gives (n, n_out), for one number (n,). `fit`, `verify` and `read` raise `DataError` for what is missing, not a number, not finite, or has another length."""
     n_out: int = None         # how many numbers; None learns it from the training values
     y_range: tuple = None     # (low, high) between which all numbers lie; the head of `cnn_learner` ends in it, the block stores it and checks the training values
+    answer = 'number'
 
     def __post_init__(self):
         if self.n_out is not None and (not isinstance(self.n_out, Integral) or isinstance(self.n_out, bool) or self.n_out < 1): raise DataError(f"RegressionBlock(n_out={self.n_out!r}): expected a whole number from 1 up")

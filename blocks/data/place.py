@@ -14,7 +14,8 @@ import numpy as np, torch, torch.nn.functional as F
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2f
 from ..core import DataError, TrainingError
-from .block import Block, ImageBlock, _UPRIGHT, _orientation, open_image
+from .block import Block
+from .image import _UPRIGHT, _close, _orientation, open_image
 from .label import CategoryBlock, _plain
 
 # %% ../../nbs/data/03b_place.ipynb #3c611230
@@ -52,7 +53,7 @@ def _mask_array(
             raise DataError(f"a picture of mode {im.mode} is not a mask: expected the class number of each pixel (mode L, P, 1, I or I;16); "
                             "where colours stand for classes, make numbers of them in get_y and give the array, height × width")
         if whole: return np.asarray(im if (o := _orientation(im)) == 1 else im.transpose(_UPRIGHT[o]))
-    finally: ImageBlock._close(raw, im)
+    finally: _close(raw, im)
 
 # %% ../../nbs/data/03b_place.ipynb #19465a21
 def _colour(i):
@@ -72,6 +73,7 @@ class MaskBlock(Block):
     Raw values: path, bytes or Pillow image of mode L, P (the numbers, not the colours), 1, I or I;16, or an H × W array or tensor of whole numbers or bools; of the same size as the image."""
     codes: tuple = None          # names of the classes, in the order of their numbers; None reads all training masks and takes 0 to the largest
     ignore_index: int = None     # the number of pixels that have no class
+    answer = 'mask'
     kind = tv_tensors.Mask
 
     def __post_init__(self):
@@ -206,7 +208,9 @@ class PointBlock(Block):
 
     Raw values: a list of k pairs (x, y) in pixels, or one pair. A point that is not known is None or NaN; the loss leaves it out. Points that leave the picture keep their place, beyond ±1."""
     n_points: int = None     # points in each picture; None learns it from the training data
+    answer = 'points'
     kind = Points
+    in_source = True         # can be said in pixels of the source picture, where `SourceBlock` says how
 
     @staticmethod
     def _pairs(raw):
@@ -248,10 +252,15 @@ class PointBlock(Block):
         each, counts = (pred.float().reshape(y.shape) - y.nan_to_num()).square().mul(known).flatten(1).sum(1), known.flatten(1).sum(1)
         return each/counts.clamp_min(1) if reduction == 'none' else each.sum()/counts.sum().clamp_min(1)
 
-    def activate(self, pred): return pred.float().reshape(len(pred), -1, 2)
-    def decode(self, value):
-        "(k, 2) array of x and y, from −1 to 1 inside of the picture"
+    def activate(self, pred): return pred.float().reshape(pred.shape[0], -1, 2)
+    def decode(self, value, source=None):
+        "(k, 2) array of x and y, from −1 to 1 inside of what the model saw; the same with a `source`, which `in_pixels` is for"
         return torch.as_tensor(value).detach().cpu().as_subclass(torch.Tensor).float().reshape(-1, 2).numpy()
+
+    def in_pixels(self, value, source):
+        "(k, 2) array of x and y in pixels of the upright source picture; `source` is what `SourceBlock` gave for it: (4, 2)"
+        start, back, _ = _way_back(source)
+        return ((torch.from_numpy(self.decode(value)).double() - start) @ back).numpy()
 
     def show(self, value, ax, title=None):
         "Draw a dot for each point on the picture on `ax`; those outside are not drawn"
@@ -303,6 +312,7 @@ class BBoxBlock(Block):
     add_na: bool = False      # put '#na#' first, for labels that are missing or not in the vocabulary
     min_score: float = .5     # what a model is less sure of is left out of its decision, 0 to 1
     kind = Boxes
+    answer = 'boxes'
     in_source = True          # decoded in pixels of the source picture, where `SourceBlock` says how
 
     def __post_init__(self):
@@ -422,12 +432,16 @@ class SourceBlock(Block):
 
 def _in_source(boxes, source):
     "(k, 4) boxes from −1 to 1 in pixels of the source picture, cut off at its edges; `source` as `SourceBlock` gives it"
-    p, right, down, corner = torch.as_tensor(source).detach().cpu().double()
-    back = torch.linalg.inv(torch.stack([right-p, down-p]))*_APART
-    w, h = ((corner-p) @ back).tolist()
-    ends = (boxes.double().reshape(-1, 2, 2) - p) @ back
+    start, back, (w, h) = _way_back(source)
+    ends = (boxes.double().reshape(-1, 2, 2) - start) @ back
     (x1, y1), (x2, y2) = (o.unbind(-1) for o in (ends.amin(1), ends.amax(1)))         # a turned picture swaps the ends
     return torch.stack([x1.clamp(0, w), y1.clamp(0, h), x2.clamp(0, w), y2.clamp(0, h)], -1)
+
+def _way_back(source):
+    "From places between −1 and 1 to pixels of the source picture: where its corner lies, a (2, 2) matrix, and its (width, height)"
+    start, right, down, corner = torch.as_tensor(source).detach().cpu().double()
+    back = torch.linalg.inv(torch.stack([right-start, down-start]))*_APART
+    return start, back, ((corner-start) @ back).tolist()
 
 # %% ../../nbs/data/03b_place.ipynb #9862b023
 @dataclass(frozen=True)

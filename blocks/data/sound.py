@@ -16,8 +16,9 @@ import numpy as np, torch
 from PIL import Image
 from torchvision import tv_tensors
 from ..core import DataError, require, stream
-from .block import ImageBlock, read_image
+from .block import ImageBlock
 from .frame import Frame
+from .image import read_image
 
 # %% ../../nbs/data/03d_sound.ipynb #12ee8a77
 class _Clip(NamedTuple):

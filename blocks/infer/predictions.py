@@ -6,52 +6,105 @@
 __all__ = ['Predictions']
 
 # %% ../../nbs/infer/19_predictions.ipynb #fddb0a51
-import json
+import json, os
 from collections.abc import Sequence
+import numpy as np
 from ..core import DataError
 
 # %% ../../nbs/infer/19_predictions.ipynb #bc1bcaa2
-def _cell(value):
-    "A decoded prediction as a table of text has room for it: labels with semicolons between them, boxes as JSON"
+def _cell(value, delim):
+    "A decoded prediction as a table of text has room for it: labels with `delim` between them, boxes as JSON"
     if not isinstance(value, (list, tuple)): return value
-    return json.dumps([o._asdict() for o in value]) if value and hasattr(value[0], '_asdict') else ';'.join(map(str, value))
+    return json.dumps([o._asdict() for o in value]) if value and hasattr(value[0], '_asdict') else delim.join(map(str, value))
+
+def _called(item, i):
+    "What to call item number `i`: its path, or its number where it has no name"
+    if isinstance(item, tuple): return ', '.join(_called(o, i) for o in item)
+    return os.fspath(item) if isinstance(item, (str, os.PathLike)) else f'item {i}'
 
 class Predictions(Sequence):
-    "Predictions for many items: a sequence of (label, index, probabilities), and the same as columns"
-    def __init__(self, predictor, items, probs, *sources): self.predictor, self.items, self.probs, self.sources = predictor, items, probs, sources
+    "Predictions for many items: a sequence of (label, index, probabilities), and the same as columns, a table, a file, JSON"
+    def __init__(self,
+        predictor,      # what made them: it has `decode` and `target`
+        items,          # paths, or other raw inputs
+        probs,          # (n, …) activated predictions, as a tensor or an array; NaN for an item that could not be read
+        *sources,       # for places in a picture: where each picture lies in what the model saw
+        target=None,    # the block that decides and decodes; None: that of `predictor`
+        errors=None,    # position → the error, for items that could not be read
+    ):
+        self.predictor, self.items, self.probs, self.sources, self.target, self.errors = predictor, items, probs, sources, target or predictor.target, errors or {}
+
     def __len__(self): return len(self.items)
-    def __getitem__(self, i): return [self[k] for k in range(*i.indices(len(self)))] if isinstance(i, slice) else self.predictor.decode(self.probs[i], *(o[i] for o in self.sources))
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        if i in self.errors: return None, None, self.probs[i]
+        return self.predictor.decode(self.probs[i], *(o[i] for o in self.sources), target=self.target)
+
+    @property
+    def names(self):
+        "What the items are called: their paths, or their numbers"
+        return [_called(o, i) for i, o in enumerate(self.items)]
     @property
     def labels(self):
-        "The decoded predictions, as a list"
-        return [self.predictor.target.decode(*o) for o in zip(self.probs, *self.sources)]
+        "The decoded predictions, as a list; None for what could not be read"
+        return [None if i in self.errors else self.target.decode(self.probs[i], *(o[i] for o in self.sources)) for i in range(len(self))]
+
+    @property
+    def _by_class(self):
+        "(n, classes) probabilities as an array, or None where an item has no number for each class"
+        return np.asarray(self.probs).reshape(len(self), len(self.target.vocab)) if getattr(self.target, 'answer', None) in ('category', 'multi') else None
+
+    def to_df(self):
+        "A pandas table: item, prediction, and the probability of each class; what was wrong, where something was"
+        import pandas as pd
+        table, probs = pd.DataFrame(dict(item=self.names, prediction=pd.Series(self.labels, dtype=None if len(self) else object))), self._by_class
+        if probs is not None:
+            table['probability'] = probs.max(-1) if len(self) else []
+            for k, name in enumerate(self.target.vocab): table[f'p({name})'] = probs[:, k]
+        if self.errors: table['error'] = [str(self.errors[i]) if i in self.errors else '' for i in range(len(self))]
+        return table
+
     def to_csv(self,
         path,            # the file to write
-        columns=None,    # which columns of `to_df`, in order; None for all
+        columns=None,    # which columns of `to_df`, in order, None for all; or a dict from column to the name that it gets in the file
+        label_delim=';', # what stands between several labels
     ):
         "Write the table of `to_df` to a file"
         table = self.to_df()
         if columns is not None and (unknown := [c for c in columns if c not in table]): raise DataError(f"there is no column {unknown[0]!r}; the columns are {', '.join(map(repr, table))}")
-        table['prediction'] = [_cell(o) for o in table['prediction']]
-        (table if columns is None else table[list(columns)]).to_csv(path, index=False)
+        table['prediction'] = [_cell(o, label_delim) for o in table['prediction']]
+        table = table if columns is None else table[list(columns)]
+        (table.rename(columns=columns) if isinstance(columns, dict) else table).to_csv(path, index=False)
+
+    def to_dicts(self,
+        topk=5,    # how many of the likeliest classes to list
+    ):
+        "A dict of plain JSON values for each item: its name as `item`, the `kind` of answer, and the answer; or `error`"
+        probs = self._by_class
+        return [dict(item=name, **(dict(error=str(self.errors[i])) if i in self.errors else self._answer(i, label, None if probs is None else probs[i], topk)))
+                for i, (name, label) in enumerate(zip(self.names, self.labels))]
+
+    def _answer(self, i, label, probs, topk):
+        kind = getattr(self.target, 'answer', None)
+        if kind == 'category': return dict(kind=kind, label=str(label), probability=float(probs.max()), top=self._top(probs, topk))
+        if kind == 'multi': return dict(kind=kind, labels=[str(o) for o in label], top=self._top(probs, topk))
+        if kind == 'number': return dict(kind=kind, value=list(label) if isinstance(label, tuple) else label)
+        if kind == 'boxes': return dict(kind=kind, boxes=[dict(label=str(o.label), score=o.score, box=list(o.box)) for o in label])
+        if kind == 'points': return dict(kind=kind, points=[[round(v, 2) for v in o] for o in self.target.in_pixels(self.probs[i], *(o[i] for o in self.sources)).tolist()])
+        if kind == 'mask': return dict(kind=kind, shares={str(name): float((label == k).mean()) for k, name in enumerate(self.target.vocab)})
+        return dict(kind='other', value=label if isinstance(label, (str, int, float, bool, type(None))) else str(label))
+
+    def _top(self, probs, k): return [dict(label=str(self.target.vocab[i]), probability=float(probs[i])) for i in np.argsort(-probs, kind='stable')[:k]]
 
     def plot_counts(self, figsize=None):
         "Draw how many items were predicted to have each class; returns the axes"
         import matplotlib.pyplot as plt
-        block = self.predictor.target
-        if not hasattr(block, 'labels') or block.kind is not None: raise DataError(f"plot_counts counts labels, and a {type(block).__name__} has none")
-        said = [str(o) for label in self.labels for o in (label if isinstance(label, list) else [label])]
-        names = [str(o) for o in block.vocab]
+        if self._by_class is None: raise DataError(f"plot_counts counts labels, and a {type(self.target).__name__} has none")
+        said = [str(o) for label in self.labels for o in (label if isinstance(label, list) else [label]) if label is not None]
+        names = [str(o) for o in self.target.vocab]
+        names += ['unknown'] if 'unknown' in said and 'unknown' not in names else []
         _, ax = plt.subplots(figsize=figsize or (5, .8 + .3*len(names)), layout='constrained')
         ax.barh(names, [said.count(o) for o in names])
         ax.invert_yaxis(); ax.set_xlabel('items')
         return ax
-
-    def to_df(self):
-        "A pandas table: item, prediction, and the probability of each class"
-        import pandas as pd
-        table = pd.DataFrame(dict(item=[str(o) for o in self.items], prediction=self.labels))
-        if self.predictor.target.kind is not None or not hasattr(self.predictor.target, 'labels'): return table      # masks and boxes: no number for each class
-        table['probability'] = self.probs.max(-1).values.numpy() if len(self) else []
-        for k, name in enumerate(self.predictor.vocab): table[f'p({name})'] = self.probs[:, k].numpy() if len(self) else []
-        return table

@@ -51,6 +51,11 @@ def _resolve_callable(f):
 
 def _torchvision_names(): return torchvision.models.list_models(module=torchvision.models)
 
+def _is_known(a):
+    "Whether `a`, whose name may come from a file, is an architecture of the library it is said to be from; timm would go to the network for other names"
+    if a.source == 'torchvision': return a.name in _torchvision_names()
+    return a.source == 'timm' and re.fullmatch(r'[\w.]+', a.name) is not None and require('timm', 'timm').is_model(a.name)
+
 def _unknown(name, names, note=''):
     close = difflib.get_close_matches(name, sorted(names), n=5)
     mend = f"Did you mean {', '.join(map(repr, close))}?" if close else "Names are those of torchvision.models ('resnet34', 'convnext_tiny', …) and of timm."
@@ -326,6 +331,13 @@ def create_body(
     _check_map(body, conv.in_channels if conv else n_in, a.name)
     if loads and not own_weights: _load_fitting(model, body, conv, n_in, *_find_state(a, weights))
     if conv and conv.in_channels != n_in: _refit(conv, n_in, keep=loads)
+    return body
+
+def _bare_body(a, n_in, cut):
+    "The body that `create_body` makes, without weights, and without the look at its map: of a model that was made before"
+    body = _cut(a, _build(a, n_in, False), cut, n_in)
+    conv = _first_conv(body)
+    if conv and conv.in_channels != n_in: _refit(conv, n_in, keep=False)
     return body
 
 def _load_fitting(model, body, conv, n_in, state, what):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core import DataError, ExportError
-from .arch import Arch, arch_stats, create_body, num_features, resolve_arch
+from .arch import Arch, _bare_body, _is_known, arch_stats, create_body, num_features, resolve_arch
 
 # %% ../../nbs/model/11_head.ipynb #7bf57862
 class AdaptiveConcatPool2d(nn.Module):
@@ -111,6 +111,12 @@ class VisionModel(nn.Sequential):
         if self.mean is not None: x = self._normalize(x)
         return self[1](self[0](x))
 
+    def features(self, x):
+        "(batch, features): the mean of the body's last map over its places"
+        maps = self[0](x if self.mean is None else self._normalize(x))
+        if isinstance(maps, dict): maps = [*maps.values()][-1]           # a pyramid: the smallest
+        return maps.mean((2, 3)) if maps.ndim == 4 else maps.flatten(1)
+
     def _normalize(self, x):
         if x.shape[1] != self.mean.shape[1]:                             # one channel would be spread over three without a word
             raise DataError(f"The model takes images of {self.mean.shape[1]} channels, and got a batch of shape {tuple(x.shape)}")
@@ -156,6 +162,8 @@ def build_vision_model(
     lacking = [k for k in spec['custom'] if k not in parts]
     if lacking: raise ExportError(f"This model was made with custom parts that are code, and no file holds code: pass {', '.join(f'{k}=…' for k in lacking)} as it was made ({spec['arch']})")
     if extra := [k for k in parts if k not in spec['custom']]: raise TypeError(f"{', '.join(extra)}: not a custom part of this model; it has {spec['custom'] or 'none'}")
+    if 'arch' not in spec['custom'] and not (spec['head'] and 'detector' in spec['head']) and not _is_known(Arch(spec['arch'], spec['source'])):
+        raise ExportError(f"{spec['source']} here has no architecture called {str(spec['arch'])[:100]!r}")
     with torch.random.fork_rng(devices=[]): return _assemble(spec, parts, False, None)
 
 def _assemble(spec, parts, pretrained, weights):
@@ -164,12 +172,14 @@ def _assemble(spec, parts, pretrained, weights):
         from blocks.model.detect import build_detector                   # these two stand on this module, so they come when they are asked for
         return build_detector(spec)
     a = Arch(spec['arch'], spec['source'], parts.get('arch'))
-    body = create_body(a, n_in=spec['n_in'], pretrained=pretrained, weights=weights, cut=parts.get('cut') or spec['cut'])
+    if 'nf' in spec and not parts: body = _bare_body(a, spec['n_in'], spec['cut'])         # it was looked at when the model was made
+    else: body = create_body(a, n_in=spec['n_in'], pretrained=pretrained, weights=weights, cut=parts.get('cut') or spec['cut'])
     if spec['head'] and 'unet' in spec['head']:
         from blocks.model.unet import DynamicUnet
         return DynamicUnet(body, spec['n_out'], **spec['head']['unet'], mean=spec['mean'], std=spec['std'], spec=spec)
-    head = _make_head(spec['head'], parts.get('custom_head'), num_features(body, spec['n_in']), spec['n_out'])
-    return VisionModel(body, head, spec['mean'], spec['std'], spec)
+    nf = spec['nf'] if 'nf' in spec else num_features(body, spec['n_in'])
+    head = _make_head(spec['head'], parts.get('custom_head'), nf, spec['n_out'])
+    return VisionModel(body, head, spec['mean'], spec['std'], {**spec, 'nf': nf})
 
 # %% ../../nbs/model/11_head.ipynb #b8fccbc0
 def _head_spec(custom, args):

@@ -158,6 +158,11 @@ class _Decoder(nn.Module):
         return self.out(x if self.cross is None else self.cross(torch.cat([x, image], 1)))
 
 # %% ../../nbs/model/12_unet.ipynb #e7d19c5c
+def _handy(size):
+    "`size`, halved until a look at the maps costs little: only how they shrink counts"
+    while max(size) > 1024: size = [max(1, o//2) for o in size]
+    return tuple(size)
+
 class DynamicUnet(VisionModel):
     """A U-Net around any convolutional `encoder`: float images (batch, channels, height, width) of any size → (batch, `n_out`, height, width).
 
@@ -176,7 +181,7 @@ class DynamicUnet(VisionModel):
     ):
         conv = _first_conv(encoder)
         n_in = conv.in_channels if conv is not None else 3
-        skips, nf, n_up = _find_skips(encoder, n_in, tuple(img_size) if img_size is not None else None)
+        skips, nf, n_up = _find_skips(encoder, n_in, img_size and _handy(img_size))
         super().__init__(encoder, _Decoder(nf, [c for _, c in skips], n_up, n_in, n_out, blur, blur_final, self_attention, y_range, last_cross, bottle), mean, std, spec)
         self.skips = tuple(name for name, _ in skips)
         for m in self._skip_modules():

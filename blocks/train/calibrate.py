@@ -115,7 +115,7 @@ def calibrate(
 ) -> float:
     """Fit a temperature to the raw outputs on a split, and give the learner blocks that divide by it; returns it. `learn.dls` is replaced by loaders that have it, the old ones stay as they are.
 
-    What is predicted does not change: with several labels, `thresh` moves along. Raises `DataError` for 'train', for a split that is not there, and for targets without probabilities."""
+    What is predicted does not change: with several labels, `thresh` moves along. For one class, how sure the model is of these items is kept as well, for `predict(…, reject=.05)`. Raises `DataError` for 'train', for a split that is not there, and for targets without probabilities."""
     if split == 'train': raise DataError("calibrate: the model has learned the training items, and is sure of them with good reason; fit the temperature on held-back ones: split='valid', or 'test'")
     if len(learn.dls.targets) != 1 or not isinstance(learn.dls.targets[0], (CategoryBlock, MultiCategoryBlock)):
         raise DataError(f"calibrate changes probabilities, and needs one target of categories; here is {', '.join(type(b).__name__ for b in learn.dls.targets) or 'no target'}")
@@ -123,6 +123,7 @@ def calibrate(
     logits, targs = learn.get_preds(split=split, act=lambda pred: pred)
     t = find_temperature(logits, targs, logits=True)
     calibrated = _with_temperature(block, t)
+    if isinstance(block, CategoryBlock): calibrated = replace(calibrated, confidences=_confidences(calibrated.activate(logits)))
     learn.dls = _with_target(learn.dls, calibrated)
     _report(learn, split, logits, targs, block, calibrated)
     return t
@@ -132,6 +133,10 @@ def _with_temperature(block, t):
     if not isinstance(block, MultiCategoryBlock) or block.thresh in (0, .5): return replace(block, temperature=t)
     edge = math.log(block.thresh/(1 - block.thresh))*block.temperature   # the score at which a label begins to count
     return replace(block, temperature=t, thresh=1/(1 + math.exp(-edge/t)))
+
+def _confidences(probs):
+    "The probabilities of the likeliest class at 0, 1, … 100 % of the items, as plain floats"
+    return tuple(np.quantile(probs.max(-1).values.double().numpy(), np.linspace(0, 1, 101)).tolist())
 
 def _with_target(dls, block):
     "The same loaders, at the same place, with another block for the target"

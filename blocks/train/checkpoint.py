@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.foundation import L
 from ..core import TrainingError
-from ..infer.file import export_predictor, is_plain, write_whole
+from ..infer.archive import is_plain
+from ..infer.file import export_predictor
+from ..infer.values import write_whole
 from .callback import Callback, TimeLimit
 from .scheduling import SCHEDULER_NOTES
 
@@ -147,11 +149,24 @@ class Saving:
         if ours != theirs: raise TrainingError(f"{name} holds the state of another optimizer, or of other layer groups: load(…, with_opt=False) takes the weights alone")
         self.opt.load_state_dict(state)
 
-    def export(self, fname='export.pkl', by_value=False):
+    def export(self,
+        fname='export.pkl',    # in `learn.path`; a name in .safetensors makes a file of that kind
+        by_value=False,        # also the code of parts of your own, which `load_learner(trust=True)` runs
+        card='',               # your own words about the model: what it is for, where it fails
+    ):
         "Write the model, with all that is needed to predict, to `path/fname` as plain data; returns the path"
+        def write(p): p.info['card'] = card; export_predictor(p, path, by_value)
         path = Path(self.path)/fname
-        with self._aside(): self.world.once(lambda: export_predictor(self.predictor, path, by_value))
+        with self._aside(): self.world.once(lambda: write(self.predictor))
         return path
+
+    def to_onnx(self, fname='model.onnx', check=None, int8=False):
+        "Write the model for ONNX Runtime to `path/fname`, with resizing and normalisation inside; see `blocks.infer.onnx.to_onnx`"
+        with self._aside(): return self.predictor.to_onnx(Path(self.path)/fname, check, int8)
+
+    def to_program(self, fname='model.pt2', check=None):
+        "Write the model as a `torch.export` program to `path/fname`; see `blocks.infer.onnx.to_program`"
+        with self._aside(): return self.predictor.to_program(Path(self.path)/fname, check)
 
     def _full_state(self):
         "What training depends on besides weights and optimizer, as plain values"

@@ -7,6 +7,7 @@ __all__ = ['Evaluation']
 
 # %% ../../nbs/train/35g_evaluate.ipynb #47f24d88
 import inspect
+from datetime import datetime, timezone
 from copy import deepcopy
 from itertools import zip_longest
 from contextlib import contextmanager
@@ -124,25 +125,42 @@ class Evaluation:
     @property
     def predictor(self):
         "The `Predictor` of the model as it is now; `export` writes it"
-        valid = self.dls.valid
-        info = dict(classes=list(self.dls.vocab or []), metrics=self._scores(), items=dict(train=len(self.dls.train_ds), valid=len(self.dls.valid_ds)))
-        return Predictor(self.model, self.dls.blocks, self.dls.n_inp, valid.samples.geometries, valid.samples.tfms, valid.batch_tfms, self.device, info)
+        train, valid = self.dls.train, self.dls.valid
+        return Predictor(self.model, self.dls.blocks, self.dls.n_inp, valid.samples.geometries, valid.samples.tfms, valid.batch_tfms, self.device, self._facts(),
+                         views=(train.samples.geometries, train.samples.tfms, train.batch_tfms))
+
+    def _facts(self):
+        "What is to be known of a model later, as plain values"
+        spec, block = getattr(self.model, 'spec', None) or {}, self.dls.blocks[0]
+        sizes = [t.size for t in (*self.dls.valid.samples.geometries, *self.dls.valid.batch_tfms) if getattr(t, 'size', None)]
+        return dict(classes=list(self.dls.vocab or []), metrics=self._scores(), items=dict(train=len(self.dls.train_ds), valid=len(self.dls.valid_ds)),
+                    architecture=spec.get('arch', type(self.model).__name__), epochs=self.passes, trained=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+                    input=' '.join([*('×'.join(map(str, o if isinstance(o, (tuple, list)) else (o, o))) for o in sizes[-1:]), str(getattr(block, 'mode', type(block).__name__))]), card='')
 
     def _scores(self):
         "The last row of the epoch table, as plain numbers"
         return {} if not self.recorder.values else {k: v for k, v in zip(self.recorder.metric_names[1:-1], self.recorder.values[-1]) if v is not None}
 
-    def predict(self, item, topk=None):
-        "(label, index, probabilities) for a path, bytes, Pillow image, array or tensor; with `topk` the likeliest labels, as a list of (label, probability)"
-        with self._aside(): return self.predictor.predict(item, topk)
+    def predict(self, item, topk=None, threshold=None, reject=None, tta=0):
+        "(label, index, probabilities) for a path, bytes, Pillow image, array or tensor; with `topk` the likeliest labels, as a list of (label, probability). More in `Predictor.predict`"
+        with self._aside(): return self.predictor.predict(item, topk, threshold, reject, tta)
 
     def plot_prediction(self, item, topk=5, figsize=None):
         "Draw the picture as the model sees it, and a bar for each of its `topk` likeliest classes"
         with self._aside(): return self.predictor.plot_prediction(item, topk, figsize)
 
-    def predict_batch(self, items, bs=None, num_workers=None):
-        "`Predictions` for many items, in their order"
-        with self._aside(): return self.predictor.predict_batch(items, bs or self.dls.valid.bs, num_workers)
+    def predict_batch(self, items, bs=None, progress=False, num_workers=None, threshold=None, reject=None, tta=0):
+        "`Predictions` for a folder, or a list or column of items, in their order; one that cannot be read is told in its place. More in `Predictor.predict_batch`"
+        with self._aside(): return self.predictor.predict_batch(items, bs or self.dls.valid.bs, progress, num_workers, threshold, reject, tta)
+
+    def embed(self, items, bs=None, progress=False, num_workers=None):
+        "(items, features) float32: what the body of the model makes of each item, for search by similarity"
+        with self._aside(): return self.predictor.embed(items, bs or self.dls.valid.bs, progress, num_workers)
+
+    def app(self, pipeline=None):
+        "A Jupyter widget that takes pictures and shows what the model, as it is then, says about them; see `blocks.app.widgets.app`"
+        from blocks.app.widgets import app
+        return app(self, pipeline)
 
     def summary(self):
         "A `ModelSummary`: the layers with the shapes that they give, their parameters and whether they learn; print it, or see `to_df()`"

@@ -9,7 +9,7 @@ __all__ = ['CSVLogger', 'ShowGraphCallback', 'TensorBoardCallback', 'WandbCallba
 import csv, io, os, time
 from pathlib import Path
 from ..core import TrainingError, require
-from ..infer.file import write_whole
+from ..infer.values import write_whole
 from .callback import Callback
 from .metric import is_lower_better
 from .recorder import _in_notebook
