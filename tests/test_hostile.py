@@ -195,7 +195,8 @@ def foreign(good):
 WATCH = '''
 import json, os, resource, signal, sys, time
 sys.path.insert(0, ROOT)
-from blocks.infer.file import inspect_export, load_learner
+from blocks.infer.card import inspect_export
+from blocks.infer.file import load_learner
 from blocks.core import ExportError
 import torch
 torch.set_num_threads(1)

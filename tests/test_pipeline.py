@@ -142,7 +142,7 @@ def box_predictor(): return Predictor(Corner(), (ImageBlock(), BBoxBlock(vocab=[
 
 def test_a_model_of_boxes_is_a_detector(picture):
     p = box_predictor()
-    for detector in (p, types.SimpleNamespace(predictor=p), lambda image: p.predict(image)[0]):       # itself, a learner, its answers
+    for detector in (p, types.SimpleNamespace(dls=types.SimpleNamespace(targets=[p.target]), predict=p.predict), lambda image: p.predict(image)[0]):       # itself, a learner, its answers
         r = Pipeline(detector, Reddest()).annotate(picture)
         assert [(o['detected'], round(o['score'], 3)) for o in r.objects] == [('face', .8)] and np.allclose(r.objects[0]['box'], [0, 0, 50, 40], atol=.1)
 

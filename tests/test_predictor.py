@@ -138,7 +138,7 @@ def test_a_model_of_ones_own_has_no_body_to_embed_with(p, files):
 # --- as JSON
 @pytest.mark.parametrize('block, value, want', [
     (CategoryBlock(vocab=('a', 'b')), [0., 0.], dict(kind='category', label='a', probability=.5, top=[dict(label='a', probability=.5), dict(label='b', probability=.5)])),
-    (MultiCategoryBlock(vocab=(7, 8)), [0., 50.], dict(kind='multi', labels=['8'], top=[dict(label='8', probability=1.), dict(label='7', probability=.5)])),
+    (MultiCategoryBlock(vocab=(7, 8)), [0., 50.], dict(kind='multi', labels=[8], top=[dict(label=8, probability=1.), dict(label=7, probability=.5)])),
     (RegressionBlock(n_out=1), [2.5], dict(kind='number', value=2.5)),
     (RegressionBlock(n_out=2), [2.5, 1.], dict(kind='number', value=[2.5, 1.])),
     (PointBlock(n_points=2), [-1., -1., 0., 1.], dict(kind='points', points=[[4., 0.], [20., 32.]])),                      # the picture is 40×32, the middle 32×32 is seen
@@ -169,3 +169,56 @@ def test_several_labels_are_joined_as_a_competition_wants(files, tmp_path):
 
 def test_topk_of_the_json(p, files):
     assert [len(p.predict_batch(files[:1]).to_dicts(topk=k)[0]['top']) for k in (1, 2, 9)] == [1, 2, 2]
+
+# --- what is asked, and of what
+def test_threads_that_ask_a_learner_agree(dls, tiny, files, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    learn = Learner(dls, tiny(), path=tmp_path)
+    learn.model.train()                                                          # as it is before any fit
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    want = [learn.predict(f)[2] for f in files]
+    with ThreadPoolExecutor(8) as pool: got = list(pool.map(learn.predict, files*6))
+    assert all(torch.equal(g[2], w) for g, w in zip(got, want*6)) and learn.model.training
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+
+def test_whole_number_classes_stay_whole_beside_a_bad_file(files, tmp_path):
+    with pytest.warns(UserWarning): many = predictor(CategoryBlock(vocab=(0, 1)), [1., 0.]).predict_batch([files[0], tmp_path/'none.png'])
+    many.to_csv(tmp_path/'s.csv', columns='prediction')
+    assert (tmp_path/'s.csv').read_text().split('\n')[1] == '0' and many.to_dicts()[0]['label'] == 0 and '1 of them' in repr(many)
+
+def test_places_in_a_table_are_json(files, tmp_path):
+    for block, value, want in ((PointBlock(n_points=1), [-1., -1.], [[4., 0.]]), (MaskBlock(codes=('sky', 'road')), np.stack([np.ones((16, 16)), np.zeros((16, 16))]).astype(np.float32), dict(sky=1., road=0.))):
+        import pandas as pd
+        predictor(block, value).predict_batch(files[:2]).to_csv(tmp_path/'s.csv')
+        assert json.loads(pd.read_csv(tmp_path/'s.csv').prediction[1]) == want
+
+def test_one_item_is_a_list_of_one(p, files):
+    picture = Image.open(files[0])
+    with open(files[0], 'rb') as f:
+        for one in (picture, np.asarray(picture), files[0].read_bytes(), f, str(files[0])): assert p.predict_batch(one).labels == [p.predict(files[0])[0]]
+    assert p.predict_batch(np.stack([np.asarray(picture)]*3)).labels == [p.predict(files[0])[0]]*3
+    with pytest.raises(DataError, match='no file and no folder'): p.predict_batch('nowhere/')
+
+def test_two_inputs_are_a_pair(tiny, files):
+    class Both(nn.Module):
+        def __init__(self): super().__init__(); self.net = tiny()
+        def forward(self, a, b): return self.net(a) - self.net(b)
+    two = Predictor(Both(), (ImageBlock(), ImageBlock(), CategoryBlock(vocab=('a', 'b'))), n_inp=2, geometries=(Resize(16),))
+    assert torch.allclose(two.predict_batch([(files[0], files[9])]).probs[0], two.predict((files[0], files[9]))[2], atol=1e-6)
+    for wrong in (files[0], (files[0],), (files[0],)*3):
+        with pytest.raises(DataError, match='takes 2 inputs'): two.predict(wrong)
+        with pytest.raises(DataError, match='takes 2 inputs'): two.predict_batch([wrong])
+
+@pytest.mark.parametrize('ask', [dict(bs=0), dict(bs=None), dict(tta=-1), dict(threshold='x')])
+def test_what_cannot_be_asked_of_many_is_an_error(p, files, ask):
+    with pytest.raises(DataError, match=next(iter(ask))): p.predict_batch(files, **ask)
+
+@pytest.mark.parametrize('ask', [dict(topk=0), dict(topk=-1), dict(tta=1.5), dict(topk=2, threshold=.9)])
+def test_what_cannot_be_asked_of_one_is_an_error(p, files, ask):
+    with pytest.raises(DataError, match=next(iter(ask))): p.predict(files[0], **ask)
+
+def test_a_loaded_predictor_is_exported_again(dls, files, tmp_path):
+    from blocks import load_learner
+    learn = cnn_learner(dls, 'shufflenet_v2_x0_5', pretrained=False, path=tmp_path)
+    back = load_learner(load_learner(learn.export(), cpu=True).export(tmp_path/'again.safetensors'))
+    assert torch.allclose(back.predict(files[0], tta=2)[2], learn.predict(files[0], tta=2)[2], atol=1e-4) and back.info['architecture'] == 'shufflenet_v2_x0_5'

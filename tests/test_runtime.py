@@ -33,7 +33,7 @@ def turned():
 def model(n=3):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        net = nn.Sequential(nn.Conv2d(3, 8, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, n))
+        net = nn.Sequential(nn.Conv2d(3, 32, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, n))
         net[-1].weight.data *= 8
     return net.eval()
 

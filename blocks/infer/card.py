@@ -23,7 +23,7 @@ def read_export(
 ):
     "The plain values in a file that `export` wrote, with all parts that it has to have. Raises `ExportError` that names the file"
     path = Path(path)
-    if not path.is_file(): raise ExportError(f"there is no file {path}") from FileNotFoundError(path)
+    if not path.is_file(): raise ExportError(f"{path} is a folder: give the file in it" if path.is_dir() else f"there is no file {path}") from FileNotFoundError(path)
     try: content = read_values(path, tensors)
     except ExportError as e:
         hint = " (a fastai export is code, too: train and export the model again with blocks; weights alone are read by Learner.load)" if 'never run' in str(e) else ''

@@ -14,13 +14,13 @@ import numpy as np, PIL, torch, torch.nn.functional as F
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from ..core import ExportError, require, stream
+from ..core import BlocksError, ExportError, require, stream
 from ..data.augment import GeometricTfm, RandomResizedCropGPU, _shared, _unit, apply_batch_tfms
 from ..data.block import ImageBlock
 from ..data.frame import CropPad, Frame, FrameDraw, RandomCrop, RandomResizedCrop, RatioResize, Resize
 from ..data.image import _close, open_image, read_image, upright_size
 from ..data.place import SourceBlock
-from .predictor import item_list
+from .predictions import item_list
 from .runtime import ONNX_FORMAT, ONNX_KEY, OnnxPredictor, _first_line
 
 # %% ../../nbs/infer/21_onnx.ipynb #f8b6d31a
@@ -261,7 +261,9 @@ def _differences(p, run, read, pictures, graph):
 
 def _prove(p, run, read, pictures, graph, name):
     "Raise `ExportError` unless `run` and the predictor `p` agree on `pictures`"
-    d, i, way = _differences(p, run, read, pictures, graph)
+    try: d, i, way = _differences(p, run, read, pictures, graph)
+    except BlocksError: raise
+    except Exception as e: raise ExportError(f"{name} is not written: the exported model cannot be run ({type(e).__name__}: {_first_line(e)})") from e
     if not d <= _LIMIT:
         what = f"picture {i} ({Path(o).name})" if isinstance(o := pictures[i], (str, os.PathLike)) else f'picture {i}'
         raise ExportError(f"{name} is not written: on {what}, {way}, its {_OUTPUT[p.target.answer]} differ by {d:.2g} from those of predict, and the limit is {_LIMIT:g}. "
@@ -344,16 +346,19 @@ def _proto(graph):
     for value in [*proto.graph.input, *proto.graph.output]:
         for d in value.type.tensor_type.shape.dim:
             if d.dim_param: d.dim_param = names.get(d.dim_param, d.dim_param)
-    for part in [proto.graph, *proto.functions, *proto.graph.node, *proto.graph.input, *proto.graph.output]: part.ClearField('metadata_props')       # traces of the Python code, with the paths of this machine
-    del proto.graph.value_info[:]
-    used = _used(proto.graph)
+    for graph in _graphs(proto.graph):
+        for part in [graph, *graph.node, *graph.input, *graph.output, *graph.initializer]: part.ClearField('metadata_props')      # traces of the Python code, with the paths of this machine
+        del graph.value_info[:]
+    used = {i for graph in _graphs(proto.graph) for n in graph.node for i in n.input}
     for o in [o for o in proto.graph.initializer if o.name not in used]: proto.graph.initializer.remove(o)      # left over; ONNX Runtime would speak of it to everybody who loads the file
     return proto
 
-def _used(graph):
-    "The names of all values that the nodes of an ONNX graph take, those in its branches too"
-    branches = [a.g for n in graph.node for a in n.attribute if a.HasField('g')]
-    return {i for n in graph.node for i in n.input}.union([o.name for o in graph.output], *map(_used, branches))
+def _graphs(graph):
+    "An ONNX graph, and those of its branches"
+    yield graph
+    for node in graph.node:
+        for a in node.attribute:
+            if a.HasField('g'): yield from _graphs(a.g)
 
 _OPS_8_BITS = ['Conv', 'MatMul', 'Gemm']
 

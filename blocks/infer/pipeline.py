@@ -194,7 +194,12 @@ def _inside(box, size, margin=0.):
     w, h = margin*(x2-x1), margin*(y2-y1)
     return max(0, x1-w), max(0, y1-h), min(size[0], x2+w), min(size[1], y2+h)
 
-def _kind(model): return getattr(getattr(model, 'target', None), 'answer', None)
+def _data(model): return getattr(model, 'dls', None)
+def _kind(model):
+    "What kind of answers a `Predictor`, an `OnnxPredictor` or a `Learner` gives; None for something else"
+    target = getattr(model, 'target', None) or next(iter(getattr(_data(model), 'targets', ())), None)
+    return getattr(target, 'answer', None)
+def _classes(model): return getattr(model, 'vocab', None) or getattr(_data(model), 'vocab', None) or ()
 
 @dataclass
 class Pipeline:
@@ -210,7 +215,7 @@ class Pipeline:
     def __post_init__(self):
         for name, low, high in (('margin', 0, math.inf), ('threshold', 0, 1), ('overlap', 0, 1)):
             if (v := getattr(self, name)) is not None and not (isinstance(v, (int, float)) and low <= v <= high): raise DataError(f"Pipeline({name}={v!r}): expected a number {'from 0 to 1' if high == 1 else 'from 0 up'}")
-        detector, classifier = (getattr(o, 'predictor', o) for o in (self.detector, self.learn))
+        detector, classifier = self.detector, self.learn
         if not callable(detector) and _kind(detector) != 'boxes':
             hint = f": for a detector by its name, load_detector({detector!r})" if isinstance(detector, str) else ''
             raise DataError(f"the detector is a {type(self.detector).__name__}, expected a function from a picture to boxes, or a model that predicts boxes{hint}")
@@ -228,20 +233,18 @@ class Pipeline:
         items,    # what `annotate` takes, several of them; all are held in memory
     ):
         "A list of `Annotated`; the crops of all pictures are classified together"
-        classifier = getattr(self.learn, 'predictor', self.learn)
         images = [read_upright(o) for o in items]
         found = [self._found(image) for image in images]
         crops = [image.crop((math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)))
                  for image, objects in zip(images, found) for x1, y1, x2, y2 in (_inside(o['box'], image.size, self.margin) for o in objects)]
-        answers = iter(classifier.predict_batch(crops).to_dicts(topk=1) if crops else ())
+        answers = iter(self.learn.predict_batch(crops).to_dicts(topk=1) if crops else ())
         for o in (o for objects in found for o in objects): o.update(self._class(next(answers)))
-        classes = [str(o) for o in getattr(classifier, 'vocab', None) or ()]
+        classes = [str(o) for o in _classes(self.learn)]
         return [Annotated(draw_boxes(image, objects, classes) if objects else image, objects, _counts(objects, classes)) for image, objects in zip(images, found)]
 
     def _found(self, image):
         "What the detector proposes, inside of the picture and without doubles, best score first"
-        detector = getattr(self.detector, 'predictor', self.detector)
-        found = detector(image) if callable(detector) else detector.predict(image)[0]
+        found = self.detector(image) if callable(self.detector) else self.detector.predict(image)[0]
         if not isinstance(found, (list, tuple)): raise DataError(f"the detector gave a {type(found).__name__}: expected a list of (box, score) or (box, score, label)")
         found = [(_inside(box, image.size), score, label) for box, score, label in map(_proposal, found)]
         found = [o for o in found if o[0][2]-o[0][0] >= 1 and o[0][3]-o[0][1] >= 1]                        # nothing of it in the picture
@@ -252,7 +255,7 @@ class Pipeline:
     def _class(self, answer):
         if 'label' not in answer: raise DataError(f"a crop was not classified: {answer.get('error') or answer}")
         unsure = self.threshold is not None and answer['probability'] < self.threshold
-        return dict(label='unknown' if unsure else answer['label'], probability=answer['probability'])
+        return dict(label='unknown' if unsure else str(answer['label']), probability=answer['probability'])
 
 def _counts(objects, classes):
     "How often each label occurs: in the order of `classes`, then the others"

@@ -6,18 +6,15 @@
 __all__ = ['ONNX_KEY', 'ONNX_FORMAT', 'OnnxPredictor']
 
 # %% ../../nbs/infer/20b_runtime.ipynb #88439bbb
-import json, math, os, sys, warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import json, os, warnings
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 import numpy as np
 from fastcore.foundation import L
-from ..core import BlocksError, DataError, ExportError, ItemError, default_workers, require
+from ..core import BlocksError, DataError, ExportError, ItemError, require
 from ..data.frame import CropPad, FrameDraw, RandomCrop, RandomResizedCrop, RatioResize, Resize
 from ..data.image import MODES, _close, open_image, read_image, upright_size
-from .predictions import Predictions
+from .predictions import Predictions, check_asked, item_list, read_many
 
 # %% ../../nbs/infer/20b_runtime.ipynb #e8e96ca6
 @dataclass(frozen=True)
@@ -32,8 +29,6 @@ class _Category:
     def decode(self, act): return self.vocab[i] if (i := int(self.decide(act))) >= 0 else 'unknown'
     def rejecting(self, threshold, reject):
         if reject is None: return replace(self, threshold=float(threshold))
-        if threshold is not None: raise DataError("threshold= and reject= both say what is too unsure: give one of them")
-        if not 0 <= reject <= 1: raise DataError(f"reject={reject!r}: expected a share of the held-back items, from 0 to 1, such as .05")
         if self.confidences is None: raise DataError(f"reject={reject} asks how sure the model was of held-back items, and that was not measured: call learn.calibrate() before to_onnx, or give threshold=")
         return replace(self, threshold=float(np.interp(reject, np.linspace(0, 1, len(self.confidences)), self.confidences)))
 
@@ -149,14 +144,14 @@ class OnnxPredictor:
         reject=None,       # or the share of held-back items whose class may come back as 'unknown', such as .05; after `learn.calibrate()`
     ):
         "(decoded prediction, its array, probabilities) for one item; for a category (label, index, probabilities). With `topk` a list of (label, probability), the likeliest first"
-        target, sample = self._judge(threshold, reject), self.read_item(item)
+        target, sample = self._judge(threshold, reject, topk), self.read_item(item)
         act = self.run(sample[0][None])[0]
         return self.decode(act, *sample[1:], target=target) if topk is None else self._top(act, topk)
 
-    def _judge(self, threshold, reject):
+    def _judge(self, threshold, reject, topk=None):
         "The target with what is asked of an answer"
+        check_asked(threshold, reject, topk)
         if threshold is None and reject is None: return self.target
-        if threshold is not None and not 0 <= threshold <= 1: raise DataError(f"threshold={threshold!r}: expected a probability, from 0 to 1")
         if not hasattr(self.target, 'rejecting'): raise DataError(f"{'threshold' if reject is None else 'reject'}= is about how sure a model is of a class, and a {self.target.answer} does not say that")
         return self.target.rejecting(threshold, reject)
 
@@ -221,44 +216,15 @@ class OnnxPredictor:
         threshold=None, reject=None,    # as in `predict`
     ):
         "`Predictions` for `items`, in their order. What cannot be read does not stop it: its label is None, and `errors` says why"
-        items, target, errors, rows = _item_list(items), self._judge(threshold, reject), {}, []
-        for samples in self._read_many(items, bs, num_workers):
+        items, target, errors, rows = item_list(items), self._judge(threshold, reject), {}, []
+        for samples in read_many(self.read_item, items, bs, num_workers, progress):
             good = [i for i, o in enumerate(samples) if not isinstance(o, ItemError)]
             errors |= {len(rows) + i: o for i, o in enumerate(samples) if isinstance(o, ItemError)}
             done = dict(zip(good, self._run([samples[i] for i in good])))
             rows += [done.get(i) for i in range(len(samples))]
-            if progress: print(f'\r{len(rows)} of {len(items)}', end='' if len(rows) < len(items) else '\n', file=sys.stderr, flush=True)
         if errors: warnings.warn(f"{len(errors)} of {len(items)} items could not be read and have no prediction, see `.errors`; the first: {next(iter(errors.values()))}", stacklevel=2)
         return self._predictions(items, rows, errors, target)
-
-    def _read_many(self, items, bs, num_workers):
-        "Generate lists of `bs` samples, or errors in their place; two lists are under way while one is used"
-        def read(piece): return [self._attempt(o) for o in piece]
-        workers = max(1, default_workers() if num_workers is None else num_workers)
-        step, parts = math.ceil(bs/(2*workers)), (items[i:i+bs] for i in range(0, len(items), bs))
-        with ThreadPoolExecutor(workers, thread_name_prefix='blocks-read') as pool:
-            submit = lambda part: [pool.submit(read, part[i:i+step]) for i in range(0, len(part), step)]
-            waiting = deque(map(submit, islice(parts, 2)))
-            try:
-                while waiting:
-                    samples = [o for piece in waiting.popleft() for o in piece.result()]
-                    waiting.extend(map(submit, islice(parts, 1)))
-                    yield samples
-            finally: pool.shutdown(wait=False, cancel_futures=True)      # also when the caller stops in the middle
-
-    def _attempt(self, item):
-        try: return self.read_item(item)
-        except ItemError as e: return e
 
 def _stacked(values):
     "One array, where the shapes allow it; else the list"
     return np.stack(values) if len({o.shape for o in values}) == 1 else list(values)
-
-def _item_list(items):
-    "`items` as a list; of a folder all images in it, in the order of their names"
-    if hasattr(items, 'columns'): raise DataError(f"a table was given, expected a list of items: give its column of paths, one of {', '.join(map(repr, map(str, items.columns)))}")
-    if not isinstance(items, (str, os.PathLike)): return list(items)
-    from blocks.data.source import get_image_files
-    if not os.path.isdir(items): return [items]
-    if not (files := sorted(get_image_files(items))): raise DataError(f"there is no image in the folder {os.fspath(items)!r}")
-    return files

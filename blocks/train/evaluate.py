@@ -6,7 +6,7 @@
 __all__ = ['Evaluation']
 
 # %% ../../nbs/train/35g_evaluate.ipynb #47f24d88
-import inspect
+import inspect, threading
 from datetime import datetime, timezone
 from copy import deepcopy
 from itertools import zip_longest
@@ -41,9 +41,15 @@ class Evaluation:
             if self.recorder.valid_loss is None: raise DataError('validate: the loader gives no batch, or no targets to compare with')
             return self.recorder.validation()
 
+    _one_at_a_time = threading.RLock()                                   # of all learners: a lock of each could not be pickled
+
     @contextmanager
     def _aside(self):
-        "Measure in the middle of whatever is going on: the modes of the model and the place in the loop are put back"
+        "Measure in the middle of whatever is going on: the modes of the model and the place in the loop are put back. One thread at a time, since they belong to the learner"
+        with self._one_at_a_time, self._put_back(): yield
+
+    @contextmanager
+    def _put_back(self):
         self._to_device()
         modes, place = [(m, m.training) for m in self.model.modules()], {k: vars(self)[k] for k in _PLACE if k in vars(self)}
         kept = {k: vars(self.recorder)[k] for k in ('_valid', 'valid_loss', 'metrics')}
@@ -124,9 +130,12 @@ class Evaluation:
 
     @property
     def predictor(self):
-        "The `Predictor` of the model as it is now; `export` writes it"
+        "The `Predictor` of the model as it is now, which is in evaluation mode then; `export` writes it"
+        return self._predictor(self._facts())
+
+    def _predictor(self, info):
         train, valid = self.dls.train, self.dls.valid
-        return Predictor(self.model, self.dls.blocks, self.dls.n_inp, valid.samples.geometries, valid.samples.tfms, valid.batch_tfms, self.device, self._facts(),
+        return Predictor(self.model, self.dls.blocks, self.dls.n_inp, valid.samples.geometries, valid.samples.tfms, valid.batch_tfms, self.device, info,
                          views=(train.samples.geometries, train.samples.tfms, train.batch_tfms))
 
     def _facts(self):
@@ -143,11 +152,11 @@ class Evaluation:
 
     def predict(self, item, topk=None, threshold=None, reject=None, tta=0):
         "(label, index, probabilities) for a path, bytes, Pillow image, array or tensor; with `topk` the likeliest labels, as a list of (label, probability). More in `Predictor.predict`"
-        with self._aside(): return self.predictor.predict(item, topk, threshold, reject, tta)
+        with self._aside(): return self._predictor({}).predict(item, topk, threshold, reject, tta)
 
     def plot_prediction(self, item, topk=5, figsize=None):
         "Draw the picture as the model sees it, and a bar for each of its `topk` likeliest classes"
-        with self._aside(): return self.predictor.plot_prediction(item, topk, figsize)
+        with self._aside(): return self._predictor({}).plot_prediction(item, topk, figsize)
 
     def predict_batch(self, items, bs=None, progress=False, num_workers=None, threshold=None, reject=None, tta=0):
         "`Predictions` for a folder, or a list or column of items, in their order; one that cannot be read is told in its place. More in `Predictor.predict_batch`"
