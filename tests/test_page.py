@@ -209,7 +209,7 @@ def test_what_cannot_be_answered_says_why(page, expected):
     page.on('request', lambda r: sent.append(r.url) if 'predict' in r.url else None)
     choose(page, ('large.png', 'image/png', bytes(MOST + 1)), ('empty.png', 'image/png', b''))
     large, empty = wait(page, 2, 'error').all()
-    assert 'at most 2.0 MB' in large.text_content() and 'has 2.1 MB' in large.text_content() and 'is empty' in empty.text_content() and not sent
+    assert 'at most 2 MB' in large.text_content() and page.locator('#limits').text_content() == 'Up to 2 MB in a request' and 'has 2.1 MB' in large.text_content() and 'is empty' in empty.text_content() and not sent
     with page.expect_response('**/predict?*') as answer: choose(page, ('words.png', 'image/png', b'these are words\n'*20))
     text = answer.value.json()['error']
     card = wait(page, 3, 'error').first

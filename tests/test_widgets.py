@@ -258,3 +258,7 @@ def test_only_for_one_target_of_classes(two_class, tiny):
     with pytest.raises(DataError, match='RegressionBlock'): ImageClassifierCleaner(Learner(block.dataloaders(two_class, bs=8, num_workers=0, device='cpu'), tiny(1)))
 
 def test_jupyter_shows_the_box(cleaner): assert 'application/vnd.jupyter.widget-view+json' in cleaner._repr_mimebundle_(include=None, exclude=None)
+
+def test_labels_that_are_numbers_are_shown():
+    top = [dict(label=0, probability=.9), dict(label=1, probability=.1)]
+    assert '<b>0</b>' in module._said(dict(kind='category', label=0, top=top)) and '<b>0, 1</b>' in module._said(dict(kind='multi', labels=[0, 1], top=top))

@@ -9,6 +9,7 @@ __all__ = ['FORMATS', 'Limits', 'Refused', 'sniff', 'check_picture', 'clean_name
 import logging, re
 from dataclasses import dataclass, fields
 from struct import error as StructError, unpack_from
+from urllib.parse import unquote_to_bytes
 from ..core import BlocksError, DataError, require
 from ..data.image import open_image, upright_size
 
@@ -184,17 +185,17 @@ def read_parts(
     content_type,    # its header, with the boundary
     max_files,       # more are refused
 ):
-    "[(name, bytes)] for each part of a form, whatever its field is called; raises `Refused`"
+    "[(name, bytes)] for each file of a form, whatever its field is called; raises `Refused`"
     multipart = require('python_multipart.multipart', 'serve')
     boundary = multipart.parse_options_header(content_type)[1].get(b'boundary')
     if not boundary: raise Refused(400, "multipart/form-data without a boundary: leave the header Content-Type to the library that makes the form")
     if body.count(b'--' + boundary) > max_files+1: raise Refused(413, f"too many files: at most {max_files} go into one request. Send the others in another")
     parts, header, ended = [], [b'', b''], []
-    def begin(): parts.append(['', []])
+    def begin(): parts.append([None, []])
     def field(d, start, end): header[0] += d[start:end]
     def value(d, start, end): header[1] += d[start:end]
     def header_end():
-        if header[0].lower() == b'content-disposition': parts[-1][0] = multipart.parse_options_header(header[1])[1].get(b'filename', b'').decode('utf-8', 'replace')
+        if header[0].lower() == b'content-disposition': parts[-1][0] = _file_name(multipart, header[1])
         header[:] = b'', b''
     def data(d, start, end): parts[-1][1].append(memoryview(d)[start:end])
     on = dict(on_part_begin=begin, on_header_field=field, on_header_value=value, on_header_end=header_end, on_part_data=data, on_end=lambda: ended.append(True))
@@ -205,4 +206,11 @@ def read_parts(
     except (multipart.FormParserError, ValueError) as e: raise Refused(400, f"the multipart body is broken: {e}") from None
     if not ended: raise Refused(400, "the multipart body is truncated: its last boundary is missing. Send all of it")
     if not parts: raise Refused(400, "the form has no file: add one, in a field of any name")
-    return [(clean_name(name, f'picture {i+1}'), b''.join(pieces)) for i, (name, pieces) in enumerate(parts)]
+    files = [o for o in parts if o[0] is not None] or parts           # fields without a file name are something else, where others have one
+    return [(clean_name(name or '', f'picture {i+1}'), b''.join(pieces)) for i, (name, pieces) in enumerate(files)]
+
+def _file_name(multipart, header):
+    "The file name in a Content-Disposition, also one with percent signs for its bytes (filename*=UTF-8''…); None where it has none"
+    if m := re.search(rb"filename\*\s*=\s*\"?utf-8'[^']*'([^;\s\"]+)", header, re.IGNORECASE): return unquote_to_bytes(m[1]).decode('utf-8', 'replace')
+    name = multipart.parse_options_header(header)[1].get(b'filename')
+    return None if name is None else name.decode('utf-8', 'replace')

@@ -6,9 +6,9 @@
 __all__ = ['make_parser', 'main']
 
 # %% ../../nbs/app/45_cli.ipynb #d463efed
-import argparse, importlib, os, sys, warnings
+import argparse, importlib, math, os, sys, warnings
 from contextlib import contextmanager, redirect_stdout, nullcontext
-from .settings import STRATEGIES, Settings
+from .settings import STRATEGIES, Settings, run_settings
 from .tables import WrongUse, to_json
 from ..core import BlocksError
 
@@ -61,7 +61,7 @@ examples:
 {_CODES}, 130 interrupted"""
 
 def _add_train(commands):
-    p = _add(commands, 'train', _command('training', 'run_train'), 'train a model on a folder or a table of labelled images', _TRAIN, _TRAIN_MORE, 'what was trained')
+    p = _add(commands, 'train', _train, 'train a model on a folder or a table of labelled images', _TRAIN, _TRAIN_MORE, 'what was trained')
     unset, d = dict(default=argparse.SUPPRESS), Settings(path='')        # what is not given does not go before the config file
     p.add_argument('path', metavar='PATH', nargs='?', help='folder of images', **unset)
     p.add_argument('--out', metavar='DIR', required=True, help='folder of the run')
@@ -78,7 +78,7 @@ def _add_train(commands):
     data.add_argument('--regression', action='store_true', help='labels are numbers', **unset)
     held = data.add_mutually_exclusive_group()
     held.add_argument('--valid', metavar='DIR', help='folder of images for validation, in PATH or elsewhere', **unset)
-    held.add_argument('--valid-pct', metavar='SHARE', type=float, help=f'share of the images that is held back for validation, at random (default: {d.valid_pct})', **unset)
+    held.add_argument('--valid-pct', metavar='SHARE', type=_share, help=f'share of the images that is held back for validation, at random (default: {d.valid_pct})', **unset)
     data.add_argument('--skip-bad', action='store_true', help='leave out images that cannot be read (at most a tenth), and list them in bad_items.csv', **unset)
     model = p.add_argument_group('model and training')
     model.add_argument('--arch', metavar='NAME', help=f'architecture of torchvision or timm (default: {d.arch})', **unset)
@@ -87,7 +87,7 @@ def _add_train(commands):
     start.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start from nothing', **unset)
     for name, kind, text in (('epochs', _whole, f'(default: {d.epochs})'), ('size', _whole, f'pixels of a side of the pictures that the model sees (default: {d.size})'), ('bs', _whole, f'pictures in a batch (default: {d.bs})')):
         model.add_argument(f'--{name}', metavar='N', type=kind, help=text, **unset)
-    model.add_argument('--lr', metavar='RATE', type=float, help='learning rate (default: that of the strategy)', **unset)
+    model.add_argument('--lr', metavar='RATE', type=_above_zero, help='learning rate (default: that of the strategy)', **unset)
     model.add_argument('--strategy', choices=list(STRATEGIES), help=f"{'; '.join(f'{k}: {v}' for k, v in STRATEGIES.items())} (default: fine_tune, with --no-pretrained one_cycle)", **unset)
     model.add_argument('--metrics', metavar='NAMES', type=lambda o: [n.strip() for n in o.split(',') if n.strip()], help='names of metrics of the library, with commas between them (default: those that fit the labels)', **unset)
     model.add_argument('--seed', metavar='N', type=int, help=f'of split, order and augmentation (default: {d.seed})', **unset)
@@ -95,25 +95,22 @@ def _add_train(commands):
     _add_device(model, **unset)
     model.add_argument('--workers', metavar='N', type=_count, help='threads that read; 0: none beside the main one (default: one for each core, at most 8)', **unset)
 
-def _whole(text):
-    n = int(text)
-    if n < 1: raise argparse.ArgumentTypeError('expected a whole number from 1')
-    return n
+def _train(args):
+    "What can be refused without PyTorch is refused before it is imported"
+    run_settings(args)
+    return _command('training', 'run_train')(args)
 
-def _count(text):
-    n = int(text)
-    if n < 0: raise argparse.ArgumentTypeError('expected a whole number from 0')
-    return n
+def _kind(read, holds, words):
+    "What argparse calls for the text of an option: `read`, and what the number has to be"
+    def parse(text):
+        try:
+            if holds(value := read(text)): return value
+        except ValueError: pass
+        raise argparse.ArgumentTypeError(f'expected {words}, and not {text!r}')
+    return parse
 
-def _share(text):
-    x = float(text)
-    if not 0 < x < 1: raise argparse.ArgumentTypeError('expected a number above 0 and below 1')
-    return x
-
-def _above_zero(text):
-    x = float(text)
-    if not 0 < x < float('inf'): raise argparse.ArgumentTypeError('expected a number above 0')
-    return x
+_whole, _count = _kind(int, lambda n: n >= 1, 'a whole number from 1'), _kind(int, lambda n: n >= 0, 'a whole number from 0')
+_share, _above_zero, _from_zero = _kind(float, lambda x: 0 < x < 1, 'a number above 0 and below 1'), _kind(float, lambda x: 0 < x < math.inf, 'a number above 0'), _kind(float, lambda x: 0 <= x < math.inf, 'a number from 0')
 
 def _add_device(p, **more): p.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, mps (default: the fastest here)', **more)
 
@@ -195,12 +192,12 @@ tables:
 exit code: 0 nothing found, 1 error, 2 wrong use, 3 problems found"""
 _SERVE = """Answer over HTTP on this machine: POST a picture to /predict, or open the address in a browser and drop pictures
 on the page. Until Ctrl-C. Needs the extra: pip install "blocks[serve]" """
-_SERVE_MORE = f"""examples:
+_SERVE_MORE = """examples:
   blocks serve run/export.pkl
   curl --data-binary @a.jpg http://127.0.0.1:8000/predict
   blocks serve faces.pkl --detector cascade        find faces first, then say what each is
 
-{_CODES}, 130 interrupted"""
+exit code: 0 stopped by Ctrl-C, 1 error, 2 wrong use"""
 
 def _add_audit(commands):
     p = _add(commands, 'audit', _command('auditing', 'run_audit'), 'find what is wrong with a folder of images: broken files, duplicates, leaks, blank images, …', _AUDIT, _AUDIT_MORE, 'all findings')
@@ -224,7 +221,7 @@ def _add_serve(commands):
     limits.add_argument('--max-mb', metavar='N', type=_above_zero, help='of one request (default: 20)')
     limits.add_argument('--max-mpixels', metavar='N', type=_above_zero, help='million pixels of one picture (default: 50)')
     for name, kind, text in (('max-files', _whole, 'pictures in one request (default: 16)'), ('timeout', _above_zero, 'seconds for a request to arrive (default: 10)'), ('queue', _whole, 'pictures waiting at once (default: 64)'),
-                             ('batch', _whole, 'pictures in one pass of the model (default: 16)'), ('wait-ms', _above_zero, 'milliseconds to wait for a batch to fill (default: 2)')):
+                             ('batch', _whole, 'pictures in one pass of the model (default: 16)'), ('wait-ms', _from_zero, 'milliseconds to wait for a batch to fill (default: 2)')):
         limits.add_argument(f'--{name}', metavar='N', type=kind, help=text)
 
 def _serve(args):

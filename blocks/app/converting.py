@@ -6,9 +6,10 @@
 __all__ = ['run_export', 'run_inspect']
 
 # %% ../../nbs/app/42c_converting.ipynb #b46b5390
+import sys
 from .measuring import render_pictures
 from .predicting import open_model
-from .tables import WrongUse, check_file, read_folder
+from .tables import WrongUse, check_file, read_folder, refuse_onnx
 from ..core import DataError
 
 # %% ../../nbs/app/42c_converting.ipynb #505e9c5e
@@ -17,10 +18,11 @@ def run_export(
 ):
     "Convert an export, and compare the answers; (0, what was written and how far the answers differ)"
     if args.int8 and not args.onnx: raise WrongUse('--int8 goes with --onnx')
-    if not str(args.export).endswith('.onnx'): learn = open_model(args.export, 'cpu')
-    else: raise DataError(f"{args.export!r} is a .onnx file: convert the export that it was made from")
+    refuse_onnx(args.export)
+    learn = open_model(args.export, 'cpu')
     file = check_file(args.onnx or args.safetensors or args.program)
     check = read_folder(args.check).items[:200] if args.check else None
+    if not args.safetensors: print('tracing the model, which can take a minute …', file=sys.stderr, flush=True)
     numbers = _convert(learn, file, args, check)
     facts = dict(export=str(args.export), file=str(file), bytes=file.stat().st_size)
     print(f"written: {file}, {file.stat().st_size/2**20:.1f} MB")
@@ -64,6 +66,7 @@ def run_inspect(
 ):
     "Say what is in an export; (0, the facts)"
     from blocks.infer.card import inspect_export, model_card
+    refuse_onnx(args.export)
     facts = inspect_export(args.export)
     print(model_card(facts) if args.card else _as_lines(facts))
     return 0, facts

@@ -22,7 +22,7 @@ def listen(
 ):
     "A socket that listens; raises `BlocksError` that says why it cannot"
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=512)
-    except (OSError, OverflowError) as e: raise BlocksError(f"cannot listen on {host} port {port}: {os.strerror(e.errno) if isinstance(e, OSError) and e.errno and e.errno > 0 else e}. Choose another with port=…, 0 for any that is free") from None
+    except (OSError, OverflowError) as e: raise BlocksError(f"cannot listen on {host} port {port}: {(os.strerror(e.errno) if isinstance(e, OSError) and e.errno and e.errno > 0 else str(e)).rstrip('.')}. Choose another with --port N (in Python port=N), 0 for any that is free") from None
 
 _WORK, _USUAL = .5, 2e-7    # seconds of computing that a connection may cost, beyond what each byte may: a whole body costs 2e-9 a byte, one in chunks of a kilobyte 2e-8, of one byte 3e-6
 

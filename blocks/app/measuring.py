@@ -58,6 +58,10 @@ def _targets(learn, table, args, answer):
     return [[place[o] for o in row] if answer == 'multi' else place[row[0]] for row in rows]
 
 # %% ../../nbs/app/42b_measuring.ipynb #cb3c52ee
+def _counted(scores):
+    "Scores of a class, whose number of images is a whole one"
+    return {k: int(v) if k == 'support' else v for k, v in scores.items()}
+
 def _score_classes(preds, targets, read):
     "Accuracy, precision, recall and F1 of each class, the confusion matrix"
     import numpy as np
@@ -66,7 +70,7 @@ def _score_classes(preds, targets, read):
     common = dict(labels=list(range(len(names))), target_names=names, zero_division=0)
     said, matrix = probs.argmax(-1), confusion_matrix(targets, probs.argmax(-1), labels=list(range(len(names))))
     report = classification_report(targets, said, output_dict=True, **common)
-    facts = dict(accuracy=float((said == targets).mean()), macro=report.get('macro avg'), classes={n: report[n] for n in names}, confusion_matrix=matrix.tolist(), vocab=names)
+    facts = dict(accuracy=float((said == targets).mean()), macro=_counted(report['macro avg']), classes={n: _counted(report[n]) for n in names}, confusion_matrix=matrix.tolist(), vocab=names)
     return facts, f"accuracy {facts['accuracy']:.4f}\n\n{classification_report(targets, said, digits=4, **common)}", lambda: _draw(probs, targets, names)
 
 def _draw(probs, targets, names):
@@ -84,7 +88,7 @@ def _score_labels(preds, targets, read):
     common = dict(target_names=names, zero_division=0)
     said = np.asarray(preds.target.decide(preds.probs[read]))
     report = classification_report(actual, said, output_dict=True, **common)
-    facts = dict(accuracy_multi=float((said == actual).mean()), exact=float((said == actual).all(1).mean()), micro=report['micro avg'], macro=report['macro avg'], classes={n: report[n] for n in names}, vocab=names)
+    facts = dict(accuracy_multi=float((said == actual).mean()), exact=float((said == actual).all(1).mean()), micro=_counted(report['micro avg']), macro=_counted(report['macro avg']), classes={n: _counted(report[n]) for n in names}, vocab=names)
     return facts, f"labels right {facts['accuracy_multi']:.4f}, images with all labels right {facts['exact']:.4f}\n\n{classification_report(actual, said, digits=4, **common)}", None
 
 def _score_numbers(preds, targets, read):

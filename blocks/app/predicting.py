@@ -8,7 +8,7 @@ __all__ = ['open_model', 'run_predict', 'predict_all', 'tell_bad']
 # %% ../../nbs/app/42a_predicting.ipynb #639d0a13
 import sys, warnings
 from pathlib import Path
-from .tables import Table, WrongUse, check_file, read_folder, read_items, save_figure
+from .tables import Table, WrongUse, check_file, check_picture_name, read_folder, read_items, save_figure
 from ..core import DataError, ExportError
 
 # %% ../../nbs/app/42a_predicting.ipynb #48926825
@@ -32,9 +32,12 @@ def run_predict(
 ):
     "Predict; (3 when some pictures could not be read, the answers)"
     if args.columns and not args.out: raise WrongUse('--columns are those of the file --out')
+    if args.topk and args.out and not args.json: raise WrongUse('--topk is for the screen and for --json: --out has the probability of every class')
     for file in (args.out, args.plot):
         if file: check_file(file)
+    if args.plot: check_picture_name(args.plot)
     table, learn = _asked(args), open_model(args.export, args.device)
+    if asked := next((o for o in ('topk', 'plot') if getattr(args, o)), None): _check_classes(learn, f'--{asked}')
     columns = _columns(args.columns, learn, table)
     preds = predict_all(learn, table, args.bs, **_ways(args))
     if args.out: preds.to_csv(Path(args.out).expanduser(), columns or {c: table.title if c == 'item' else c for c in preds.to_df()}); print(f"written: {args.out}, {len(preds)} rows")
@@ -42,6 +45,10 @@ def run_predict(
     if args.plot: save_figure(preds.plot_counts(), Path(args.plot).expanduser()); print(f"written: {args.plot}")
     tell_bad(preds)
     return 3 if preds.errors else 0, dict(predictions=preds.to_dicts(args.topk or 5), failed=len(preds.errors))
+
+def _check_classes(learn, option):
+    answer = getattr(learn.target, 'answer', None)
+    if answer not in ('category', 'multi'): raise WrongUse(f"{option} is about classes, and this model gives {answer or 'something else'}: leave it out")
 
 def predict_all(
     learn,    # a `Predictor` or an `OnnxPredictor`
@@ -85,10 +92,16 @@ def _columns(text, learn, table):
 
 def _as_text(preds, topk):
     "The answers as a table for the screen"
-    if topk and len(preds): return '\n'.join(f"{o['item']}\t" + (', '.join(f"{t['label']} {t['probability']:.4f}" for t in o['top']) if 'top' in o else '') for o in preds.to_dicts(topk))
+    if topk and len(preds): return '\n'.join(f"{o['item']}\t{_likeliest(o)}" for o in preds.to_dicts(topk))
     table = preds.to_df().drop(columns='error', errors='ignore')
     if table.shape[1] > 11: table = table.iloc[:, :3]                    # a hundred classes do not fit on a screen
     return table.round(4).to_string(index=False, na_rep='–', max_colwidth=80)
+
+def _likeliest(o):
+    "The likeliest classes in a line, after 'unknown' where the answer was turned away"
+    if 'error' in o: return '–'
+    turned_away = [str(o['label'])] if 'label' in o and o['label'] != o['top'][0]['label'] else []
+    return ', '.join(turned_away + [f"{t['label']} {t['probability']:.4f}" for t in o['top']])
 
 def tell_bad(preds):
     "List on stderr what could not be read"

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from .batching import Batcher, QueueFull
 from .checks import FORMATS, Limits, Refused, check_picture, read_parts
 from .listening import listen, loopback, make_server
+from .tables import refuse_onnx
 from ..core import DataError, ItemError, require
 from ..data.block import ImageBlock
 from ..infer.file import load_learner
@@ -152,7 +153,7 @@ _STATUS = {400: "an empty, truncated or broken picture or form", 403: "called by
 def _schema(pipeline):
     "The parts of the OpenAPI description that no signature holds: the bodies, the answer, the errors"
     text, number = dict(type='string'), dict(type='number')
-    one = dict(top=dict(type='array', items=dict(type='object', properties=dict(label=text, probability=number))), label=text, probability=number, labels=dict(type='array', items=text), value={}, boxes=dict(type='array', items=dict(type='object')),
+    one = dict(top=dict(type='array', items=dict(type='object', properties=dict(label={}, probability=number))), label={}, probability=number, labels=dict(type='array', items={}), value={}, boxes=dict(type='array', items=dict(type='object')),
                points=dict(type='array', items=dict(type='array', items=number)), shares=dict(type='object', additionalProperties=number), picture=text, error=text,
                **(dict(objects=dict(type='array', items=dict(type='object', properties=dict(box=dict(type='array', items=number), score=number, label=text, probability=number))), counts=dict(type='object', additionalProperties=dict(type='integer'))) if pipeline else {}))
     answer = dict(type='object', required=['predictions'], properties=dict(predictions=dict(type='array', items=dict(type='object', required=['item'], properties=dict(item=text, kind=text, **one)))))
@@ -214,6 +215,8 @@ def create_app(
     app = fastapi.FastAPI(title='blocks', version=__version__, description='What a model says about pictures.', docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.batcher, app.state.limits = batcher, limits
 
+    def get(path, **more): return lambda f: app.head(path, include_in_schema=False)(app.get(path, **more)(f))
+
     @app.post('/predict', summary='What is in these pictures?', response_class=JSONResponse, **schema)
     async def predict(request: fastapi.Request, topk: int = fastapi.Query(5, ge=1, le=1000, description='how many of the likeliest classes to list'), picture: bool = fastapi.Query(False, description='also give each picture, with its boxes, as a data: URL')):      # noqa: B008
         if unknown := sorted(set(request.query_params) - {'topk', 'picture'}): raise Refused(422, f"there is no query value {unknown[0][:50]!r}: there are topk and picture")
@@ -237,15 +240,15 @@ def create_app(
     page, facts = _page(), dict(predictor.info)
     about = _finite(dict(facts, library=__version__, answer=getattr(predictor.target, 'answer', None), classes=list(predictor.vocab or []), finds_objects=pipeline is not None, formats=FORMATS, limits=asdict(limits)))
 
-    @app.get('/', response_class=HTMLResponse, summary='The page')
+    @get('/', response_class=HTMLResponse, summary='The page')
     async def home(): return HTMLResponse(page, headers={'Content-Security-Policy': _policy(page)})
-    @app.get('/health', summary='Is the service there?')
+    @get('/health', summary='Is the service there?')
     async def health(): return dict(status='ok')
-    @app.get('/info', summary='The model, its classes, and the limits')
+    @get('/info', summary='The model, its classes, and the limits')
     async def info(): return JSONResponse(about)
-    @app.get('/metrics', response_class=PlainTextResponse, summary='Counts, for Prometheus')
+    @get('/metrics', response_class=PlainTextResponse, summary='Counts, for Prometheus')
     async def metrics(): return PlainTextResponse(_prometheus(counts, batcher, bodies), media_type='text/plain; version=0.0.4')
-    @app.get('/docs', response_class=HTMLResponse, include_in_schema=False)
+    @get('/docs', response_class=HTMLResponse, include_in_schema=False)
     async def docs(): return HTMLResponse(_docs(limits), headers={'Content-Security-Policy': _policy('')})
 
     async def refuse(request, e): return _error(_refusal(e))
@@ -271,6 +274,7 @@ def serve(
     device='cpu',        # where the model runs
 ):
     "Answer on http://host:port until Ctrl-C. Raises `ExportError` for a file that cannot be loaded and `BlocksError` for a port that is taken"
+    refuse_onnx(path)
     with listen(host, port) as sock:
         limits, predictor = limits or Limits(), load_learner(path, device=device)
         app = create_app(predictor, None if detector is None else Pipeline(load_detector(detector), predictor), limits)

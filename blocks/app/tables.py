@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'WrongUse', 'Table', 'read_folder', 'read_table', 'read_items', 'check_labels', 'check_folder', 'check_file',
-           'save_figure', 'to_json']
+           'check_picture_name', 'refuse_onnx', 'save_figure', 'to_json']
 
 # %% ../../nbs/app/41_tables.ipynb #429593d1
 import json, math, tempfile
@@ -136,6 +136,16 @@ def check_file(path) -> Path:
     if path.is_dir(): raise DataError(f"{str(path)!r} is a folder: give the name of a file")
     check_folder(path.parent)
     return path
+
+def check_picture_name(file):
+    "See that matplotlib can write a picture of this name; raises `DataError` when not"
+    from matplotlib.backend_bases import FigureCanvasBase
+    known, ending = FigureCanvasBase.get_supported_filetypes(), Path(file).suffix[1:].lower()
+    if ending not in known: raise DataError(f"the picture {str(file)!r} cannot be written: its name has to end in one of {', '.join(f'.{o}' for o in sorted(known))}")
+
+def refuse_onnx(path):
+    "Raise `DataError` for a `.onnx` file, where an export is wanted"
+    if Path(path).suffix.lower() == '.onnx': raise DataError(f"{str(path)!r} is a .onnx file, which is for blocks predict, blocks evaluate and OnnxPredictor: give the export that it was made from")
 
 def save_figure(
     ax,      # matplotlib axes

@@ -27,7 +27,7 @@ def _said(answer):
     kind, strong, text = answer.get('kind'), '<b>{}</b>'.format, lambda o: html.escape(str(o))
     if 'error' in answer: return f'<span style="color:#d55e00">{text(answer["error"])}</span>'
     if kind == 'category': return strong(text(answer['label'])) + _bars((o['label'], o['probability']) for o in answer['top'])
-    if kind == 'multi': return strong(text(', '.join(answer['labels']) or 'none of the labels')) + _bars((o['label'], o['probability']) for o in answer['top'])
+    if kind == 'multi': return strong(text(', '.join(map(str, answer['labels'])) or 'none of the labels')) + _bars((o['label'], o['probability']) for o in answer['top'])
     if kind == 'mask': return _bars(answer['shares'].items())
     if kind == 'boxes': return '<br>'.join(text(f"{o['label']} {o['score']:.0%}") for o in answer['boxes']) or 'nothing found'
     if kind == 'points': return '<br>'.join(text(', '.join(f'{v:.1f}' for v in o)) for o in answer['points'])
