@@ -37,7 +37,7 @@ readme-code: .venv/.dev
 	$(BIN)/python tools/readme_code.py
 
 pytest: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile      # a file's tests in one process, so that what they share is made once
 
 # The environment. A stamp says with which extras it was installed last; it is out of date when the dependencies may have changed.
 

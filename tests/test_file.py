@@ -390,6 +390,11 @@ def test_by_value_needs_trust(two_class, tiny, tmp_path, picture):
     with pytest.raises(ExportError, match='trust=True'): load_learner(file)
     assert same(load_learner(file, trust=True).predict(picture), learn.predict(picture)) and same(load_learner(file, trust=True).predict(picture, tta=2), learn.predict(picture, tta=2))
 
+def test_transforms_of_torchvision_on_the_batch_come_along(two_class, tiny, tmp_path, picture):
+    learn = Learner(loaders(two_class, batch_tfms=[v2.GaussianNoise(), v2.RandomHorizontalFlip()]), tiny(), path=tmp_path)
+    back = load_learner(learn.export(), model=tiny)
+    assert same(back.predict(picture), learn.predict(picture)) and same(back.predict(picture), back.predict(picture)) and [type(t) for t in back.views[2]] == [v2.GaussianNoise, v2.RandomHorizontalFlip]
+
 def test_trust_changes_nothing_for_a_file_without_code(file, tiny, learn, picture):
     assert same(load_learner(file, model=tiny, trust=True).predict(picture), learn.predict(picture))
 

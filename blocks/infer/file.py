@@ -25,7 +25,7 @@ from ..model.head import VisionModel, build_vision_model
 
 # %% ../../nbs/infer/20a_file.ipynb #60d23d8f
 _PARTS = 'block label place bands sound frame augment policy sound_mask'.split()    # the modules of `blocks.data` whose classes a file may name
-_BASES = dict(blocks=Block, geometries=Geometry, tfms=v2.Transform, batch_tfms=(_BatchTfm, Normalize))
+_BASES = dict(blocks=Block, geometries=Geometry, tfms=v2.Transform, batch_tfms=(_BatchTfm, Normalize, v2.Transform))
 
 def _known(kind):
     "The class of this library that goes by the name `kind`, or None"
