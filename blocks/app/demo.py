@@ -133,7 +133,7 @@ Done in {seconds//60:.0f} min {seconds%60:.0f} s. In {out}/:
   export.pkl  predict.py                            the model, and a script that uses it:
       {python} {out}/predict.py PICTURE
 
-As a page in the browser:  {python} -m pip install 'fastapi' 'uvicorn' 'python-multipart'  and  {python.parent/'blocks'} serve {out}/export.pkl
+As a page in the browser (pip install 'blocks[serve]'):  blocks serve {out}/export.pkl
 
 Now your own pictures: a folder with a sub-folder for each class, and, in {python},
 
