@@ -52,7 +52,7 @@ class Batcher:
         with self._change: self._pool, self._thread, self._closing = None, None, False
 
     def _start(self):
-        self._pool = ThreadPoolExecutor(self.readers, thread_name_prefix='blocks-read')
+        self._pool = ThreadPoolExecutor(self.readers, thread_name_prefix='blocks-serve')
         self._thread = threading.Thread(target=self._run, name='blocks-model', daemon=True)
         self._thread.start()
 
