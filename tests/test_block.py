@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from blocks import DataBlock, DataError, EndSplitter, ImageBlock, Normalize, RandomResizedCrop, Resize
-from blocks.data.frame import FrameDraw
+from blocks.data.frame import Frame, FrameDraw
 
 
 def photo(w=97, h=61, seed=0):
@@ -78,3 +78,29 @@ def test_different_sizes_in_a_batch_say_what_to_add():
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(DataError, match="'rgb'"): ImageBlock(mode='rgb')
+
+# --- grey files as RGB: one channel in memory until the model
+def grey_file(tmp_path, i=0):
+    a = np.random.default_rng(i).integers(0, 255, (40, 50), dtype=np.uint8)
+    Image.fromarray(a).save(f := tmp_path/f'{i}.png')
+    return f, a
+
+def test_a_grey_file_is_one_channel_in_memory_and_three_for_the_model(tmp_path):
+    block, pairs = ImageBlock(), [grey_file(tmp_path, i) for i in range(3)]
+    values = [block.read(f, lambda w, h: Frame((0, 0, w, h), (h, w))) for f, _ in pairs]
+    assert all(v.shape == (3, 40, 50) and v.stride(0) == 0 and (v == torch.from_numpy(a)).all() for v, (_, a) in zip(values, pairs))
+    batch = block.collate(values)
+    assert batch.shape == (3, 3, 40, 50) and batch.untyped_storage().nbytes() == 3*40*50
+    for b in (block, ImageBlock(mean=(.1, .2, .3), std=(.4, .5, .6))):
+        x = b.prepare(batch)
+        assert x.is_contiguous(memory_format=torch.channels_last) and torch.allclose(x, b.prepare(batch.clone(memory_format=torch.contiguous_format)), atol=1e-6)
+
+def test_grey_and_coloured_files_make_one_batch(tmp_path):
+    (f, a), block = grey_file(tmp_path), ImageBlock()
+    grey, colour = block.read(f, lambda w, h: Frame((0, 0, w, h), (h, w))), block.read(Image.new('RGB', (50, 40), (1, 2, 3)), lambda w, h: Frame((0, 0, w, h), (h, w)))
+    batch = block.collate([grey, colour])
+    assert (batch[0] == torch.from_numpy(a)).all() and batch[1, :, 0, 0].tolist() == [1, 2, 3]
+
+def test_transparent_grey_is_laid_on_white(tmp_path):
+    Image.new('LA', (8, 8), (0, 0)).save(f := tmp_path/'a.png')
+    assert (ImageBlock().read(f, lambda w, h: Frame((0, 0, w, h), (h, w))) == 255).all()

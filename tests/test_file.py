@@ -67,7 +67,7 @@ def test_loading_fetches_nothing_and_leaves_the_global_generator(two_class, tmp_
 
 def test_all_ways_to_predict_agree(learn, file, two_class, tiny):
     files, back = sorted(two_class.rglob('*.png'))[:11], load_learner(file, model=tiny)
-    want = learn.get_preds(dl=learn.dls.test_dl(files))[0]
+    want = learn.to_fp32().get_preds(dl=learn.dls.test_dl(files))[0]
     for p in (learn.predict_batch(files), back.predict_batch(files, bs=4, num_workers=2)): assert torch.allclose(p.probs, want, atol=1e-5) and len(p) == 11
     assert torch.allclose(back.get_preds(back.dls.test_dl(files))[0], want, atol=1e-5)
     assert torch.allclose(torch.stack([back.predict(f)[2] for f in files]), want, atol=1e-5)

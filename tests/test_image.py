@@ -15,6 +15,7 @@ from PIL import Image, ImageChops, ImageOps
 
 from blocks import DataError, Frame, ImageBlock, Resize
 from blocks.core import stream
+from blocks.data.block import resample_array
 from blocks.data.frame import PAD_MODES, CropPad, FrameDraw, RandomCrop, RatioResize
 from blocks.data.image import open_image, read_image, upright_size
 
@@ -435,3 +436,71 @@ def test_pictures_are_read_without_pytorch(tmp_path):
 """
     out = subprocess.run([sys.executable, '-c', code, str(tmp_path/'a.png')], capture_output=True, text=True)
     assert out.stdout.split('\n')[0] == '(8, 8, 3) False', out.stderr
+
+# --- the quick way for training: whole pixels, the JPEG decoder without Pillow's copies, PyTorch's resample
+def quick(data, frame, **kw): return read_image(open_image(data), frame, resample=resample_array, **kw)
+
+def textured(w, h, seed=0):
+    a = np.random.default_rng(seed).integers(0, 60, (h, w, 3))
+    return Image.fromarray((a + np.asarray(photo(w, h, seed))//2).astype(np.uint8))
+
+@pytest.mark.parametrize('kw', [dict(quality=92), dict(quality=60, subsampling=0), dict(quality=92, progressive=True), dict(quality=85, subsampling='4:2:2')])
+def test_a_cut_out_of_a_jpeg_is_bitwise_that_of_pillow(kw):
+    data, frame = encoded(textured(203, 151), format='JPEG', **kw), Frame((7, 9, 107, 89), (80, 100))
+    assert (quick(data, frame) == np.asarray(Image.open(io.BytesIO(data)))[9:89, 7:107]).all()
+
+@pytest.mark.parametrize('n', [1, 2, 4, 8])
+def test_a_reduced_decode_is_bitwise_that_of_pillows_draft(n):
+    data = encoded(textured(1603, 1201), format='JPEG', quality=90)
+    im = Image.open(io.BytesIO(data)); im.draft('RGB', (1603//n, 1201//n))
+    w, h = im.size
+    frame = Frame((0, 0, 1600, 1200), (round(1200/n/2.3), round(1600/n/2.3)))
+    seen = []
+    got = read_image(open_image(data), frame, resample=lambda a, size: seen.append(a.copy()) or resample_array(a, size))
+    assert (seen[0] == np.asarray(im)[:1200//n, :1600//n]).all() and got.shape == (*frame.size, 3)
+
+@pytest.mark.parametrize('fmt', ['JPEG', 'PNG'])
+@pytest.mark.parametrize('box,size', [((0, 0, 400, 300), (64, 64)), ((40, 30, 240, 280), (112, 96)), ((100, 100, 150, 140), (120, 130)), ((5, 0, 400, 300), (300, 395))])
+def test_the_quick_way_shows_what_the_exact_one_shows(fmt, box, size):
+    "Within a grey level inside; near the edges of a cut, where Pillow also looks beyond them, a little more on average"
+    data, frame = encoded(photo(400, 300), format=fmt), Frame(box, size)
+    a, b = quick(data, frame).astype(int), read_image(open_image(data), frame).astype(int)
+    assert abs(a - b)[3:-3, 3:-3].max() <= 1 and abs(a - b).mean() < .5
+
+@pytest.mark.parametrize('o', range(1, 9))
+def test_the_quick_way_is_upright(o):
+    exif = Image.Exif(); exif[0x0112] = o
+    data = encoded(photo(120, 80), format='JPEG', quality=95, exif=exif)
+    w, h = upright_size(open_image(data))
+    frame = Frame((10, 4, w-6, h-8), (40, 44))
+    a, b = quick(data, frame).astype(int), read_image(open_image(data), frame).astype(int)
+    assert abs(a - b)[3:-3, 3:-3].max() <= 1
+
+@pytest.mark.parametrize('mode', ['L', 'CMYK'])
+def test_other_jpegs_go_the_exact_way(mode):
+    data, frame = encoded(photo(120, 80).convert(mode), format='JPEG'), Frame((10, 10, 90, 70), (30, 40))
+    assert (quick(data, frame) == read_image(open_image(data), frame)).all() and (quick(data, frame, mode='L') == read_image(open_image(data), frame, mode='L')).all()
+
+def test_transparency_is_laid_on_white_also_the_quick_way():
+    im = photo(60, 40); im.info['transparency'] = im.getpixel((0, 0))
+    data, frame = encoded(im, format='PNG', transparency=im.getpixel((0, 0))), Frame((0, 0, 60, 40), (40, 60))
+    assert (quick(data, frame) == read_image(open_image(data), frame)).all()
+
+def test_a_truncated_jpeg_is_pillows_error_also_the_quick_way():
+    data = encoded(textured(400, 300), format='JPEG', quality=95)
+    with pytest.raises(OSError, match='truncated'): quick(data[:len(data)//2], Frame((0, 0, 400, 300), (64, 64)))
+
+def test_without_draft_a_jpeg_is_decoded_whole(monkeypatch):
+    import simplejpeg
+    sizes, decode = [], simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, 'decode_jpeg', lambda *a, **kw: sizes.append(kw) or decode(*a, **kw))
+    data, frame = encoded(photo(1600, 1200), format='JPEG'), FrameDraw([Resize(64, 'squish')], lambda: stream(0))
+    small, whole = ImageBlock().read(data, frame), ImageBlock(draft=False).read(data, frame)
+    assert sizes[0]['min_width'] == 200 and not sizes[1] and small.shape == whole.shape
+
+def test_a_file_taken_in_whole_gives_the_same_picture_and_the_same_errors(tmp_path):
+    f = tmp_path/'a.png'; photo().save(f)
+    assert (np.asarray(open_image(f, whole=True)) == np.asarray(open_image(f))).all()
+    (tmp_path/'b.jpg').write_text('no picture')
+    with pytest.raises(OSError, match='b.jpg'): open_image(tmp_path/'b.jpg', whole=True)
+    with pytest.raises(FileNotFoundError): open_image(tmp_path/'c.jpg', whole=True)

@@ -24,7 +24,7 @@ def dls(two_class):
 
 @pytest.fixture
 def learn(dls, tiny):
-    learn = Learner(dls, tiny(3))
+    learn = Learner(dls, tiny(3), precision='fp32')
     learn.remove_cbs(learn.progress)
     learn.model.load_state_dict({**learn.model.state_dict(), '5.bias': torch.tensor([.2, 0., .1])})
     return learn
@@ -112,7 +112,7 @@ def test_what_cannot_be_interpreted_is_said(learn, dls, two_class):
 def test_items_are_read_again_only_when_shown(interp, monkeypatch):
     import blocks.data.block as module
     read = []
-    monkeypatch.setattr(module, 'open_image', lambda raw: (read.append(raw), open_image(raw))[1])
+    monkeypatch.setattr(module, 'open_image', lambda raw, **kw: (read.append(raw), open_image(raw, **kw))[1])
     interp.confusion_matrix(); interp.most_confused(); interp.top_losses(items=True)
     assert not read
     interp.plot_top_losses(3)
@@ -206,7 +206,7 @@ def other(two_class, tiny, block, get_y, n_out, **kw):
     from blocks import MaskBlock, MultiCategoryBlock, PointBlock, RegressionBlock
     kinds = dict(number=RegressionBlock, labels=MultiCategoryBlock, points=PointBlock, mask=MaskBlock(codes=['a', 'b']))
     dls = DataBlock((ImageBlock, kinds[block]), get_items=get_image_files, get_y=get_y, splitter=RandomSplitter(.5, seed=2), item_tfms=Resize((32, 40))).dataloaders(two_class, bs=5, num_workers=0, seed=1, device='cpu')
-    learn = Learner(dls, torch.nn.Conv2d(3, 2, 1) if block == 'mask' else tiny(n_out))
+    learn = Learner(dls, torch.nn.Conv2d(3, 2, 1) if block == 'mask' else tiny(n_out), precision='fp32')
     learn.remove_cbs(learn.progress)
     return learn
 

@@ -257,11 +257,43 @@ def test_a_typo_in_a_keyword(dls, tiny):
 # --- precision
 @pytest.mark.parametrize('precision,dtype', [('fp32', torch.float32), ('bf16', torch.bfloat16)])
 def test_precision(make, precision, dtype):
-    seen, learn = [], make(precision=precision, metrics=accuracy)
+    seen, outputs, learn = [], set(), make(precision=precision, metrics=accuracy)
     learn.model[0].register_forward_hook(lambda m, i, o: seen.append((learn.model.training, o.dtype)))
-    learn.fit(2, 1e-2)
-    assert {d for t, d in seen if t} == {dtype} and {d for t, d in seen if not t} == {torch.float32}              # only training steps are short
-    assert learn.pred.dtype == torch.float32 and all(p.dtype == torch.float32 for p in learn.model.parameters()) and np.isfinite(learn.recorder.losses).all()
+    learn.fit(2, 1e-2, cbs=See('after_pred', lambda l: outputs.add(l.pred.dtype)))
+    assert {d for t, d in seen if t} == {d for t, d in seen if not t} == {dtype}              # training and validation
+    assert outputs == {torch.float32} == {learn.get_preds()[0].dtype} and all(p.dtype == torch.float32 for p in learn.model.parameters()) and np.isfinite(learn.recorder.losses).all()
+
+def test_what_is_measured_in_16_bits_is_that_of_32_but_for_rounding_and_single_answers_are_in_32(make, dls):
+    from torch.nn.modules.module import register_module_forward_hook
+    learn, kinds = make(precision='bf16', metrics=accuracy), set()
+    learn.fit(1, 1e-2)
+    short, (probs, _, losses) = learn.validate(), learn.get_preds(with_loss=True)
+    hook = register_module_forward_hook(lambda m, i, o: kinds.add(o.dtype))
+    learn.predict(dls.valid_ds.fields[0][0]); learn.predict_batch(list(dls.valid_ds.fields[0][:2])); learn.to_fp32().validate()
+    hook.remove()
+    assert kinds == {torch.float32}
+    long, (want, _, each) = learn.validate(), learn.get_preds(with_loss=True)
+    assert (probs - want).abs().max() < 1e-2 and torch.allclose(losses, each, atol=2e-2) and short[0] == pytest.approx(long[0], abs=1e-2) and not torch.equal(probs, want)
+
+class Numpy(nn.Module):
+    "Leaves PyTorch in evaluation, to where 16 bits are not known"
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x):
+        x = self.model(x)
+        return x if self.training else torch.from_numpy(x.detach().numpy() + 1)
+
+def test_a_model_that_16_bits_are_too_few_for_is_measured_in_32(make, tiny, monkeypatch):
+    import blocks.train.tricks as module
+    monkeypatch.setattr(module, 'native_bf16', lambda device: True)
+    learn = make(Numpy(tiny()), metrics=accuracy, splitter=lambda m: [list(m.parameters())])
+    with pytest.warns(UserWarning, match="BFloat16.*precision='fp32'"): learn.fit(2, 1e-2)
+    assert len(learn.recorder.values) == 2 and torch.equal(learn.get_preds()[0], learn.to_fp32().get_preds()[0])
+    with pytest.raises(TypeError): learn.to_bf16().get_preds()                # what was asked for is not changed
+
+def test_an_error_of_a_model_is_told_once_as_it_is(make):
+    learn = make(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)))
+    with pytest.raises(RuntimeError, match='mat1') as e: learn.get_preds()
+    assert e.value.__context__ is None
 
 # --- seeds
 def test_same_seed_same_weights_whatever_the_workers(make, tiny, two_class):

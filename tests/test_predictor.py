@@ -106,7 +106,7 @@ def test_samples_of_different_size_are_run_apart(p, files):
 # --- several views
 def test_views_are_those_of_the_learner(learn, files):
     dl = learn.dls.test_dl(files)
-    want = learn.tta(dl=dl.new(seed=0, samples=dl.samples.new(seed=0)), n=3)[0]                # the same draws
+    want = learn.to_fp32().tta(dl=dl.new(seed=0, samples=dl.samples.new(seed=0)), n=3)[0]                # the same draws
     got = learn.predict_batch(files, tta=3).probs
     assert torch.allclose(got, want, atol=1e-5) and torch.allclose(learn.predict(files[2], tta=3)[2].sum(), torch.tensor(1.), atol=1e-5)
 

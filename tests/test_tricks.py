@@ -16,9 +16,9 @@ def gradients(conv, x, precision):
     torch.sin(out.float()).sum().backward()
     return [out.detach().float(), x.grad, *(p.grad.clone() for p in conv.parameters())], out.dtype
 
-@pytest.mark.parametrize('kw', [dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=5, stride=(2, 1), padding=(2, 1)), dict(kernel_size=3, padding='same'),
+@pytest.mark.parametrize('kw', [dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=5, stride=(2, 1), padding=(2, 1)), dict(kernel_size=3, padding='same'), dict(kernel_size=5, padding=2), dict(kernel_size=7, padding=3, stride=2), dict(kernel_size=(3, 7), padding=(0, 3)), dict(kernel_size=(1, 5), padding=(2, 2)),
                                 dict(kernel_size=3, padding=2, dilation=2), dict(kernel_size=3, bias=False), dict(kernel_size=3, padding=1, padding_mode='reflect')], ids=str)
-@pytest.mark.parametrize('size', [12, 24])
+@pytest.mark.parametrize('size', [12, 24, 7])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_depthwise_gradients_are_those_of_32_bits(kw, size, layout):
     torch.manual_seed(0)

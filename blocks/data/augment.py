@@ -18,6 +18,7 @@ from fastcore.foundation import L
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from ..core import DataError, seeded, stream
+from .block import single_channel
 from .place import Boxes, Points
 
 # %% ../../nbs/data/04_augment.ipynb #f0021f8b
@@ -55,7 +56,10 @@ class _BatchTfm:
 # %% ../../nbs/data/04_augment.ipynb #f785a922
 def _matrices(a, b, c, d, e, f, g=0., h=0.):
     "Numbers or (n,) arrays as (n, 3, 3) float64 matrices [[a, b, c], [d, e, f], [g, h, 1]]"
-    return np.stack(np.broadcast_arrays(a, b, c, d, e, f, g, h, 1.), -1).reshape(-1, 3, 3).astype(np.float64)
+    entries = a, b, c, d, e, f, g, h, 1.
+    res = np.empty((max(map(np.size, entries)), 9))
+    for k, entry in enumerate(entries): res[:, k] = entry
+    return res.reshape(-1, 3, 3)
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class GeometricTfm(_BatchTfm):
@@ -197,11 +201,12 @@ class RandomResizedCropGPU(GeometricTfm):
 # %% ../../nbs/data/04_augment.ipynb #2b7ed078
 @dataclass
 class _Geometry:
-    "Where the pixels of a batch come from: `matrix` (n, 3, 3) float64, `size` (height, width) of the result, `mode` and `pad_mode` of the resample"
+    "Where the pixels of a batch come from: `matrix` (n, 3, 3) float64, `size` (height, width) of the result, `mode` and `pad_mode` of the resample; `turns`: can it be nothing but a flip or a quarter turn?"
     matrix: np.ndarray
     size: tuple
     mode: str
     pad_mode: str
+    turns: bool = False
 
 def _shared(tfms, name, default=None):
     "The value of the field `name` for one resample of all `tfms`: the one that differs from the default, else the default"
@@ -217,7 +222,8 @@ def _draw_geometry(tfms, rng, n, hw):
     for t in tfms:
         matrix = matrix @ t.matrices(rng, n, *frame)
         if isinstance(t, RandomResizedCropGPU): frame = _height_width(t.size, 'size')    # what follows sees the proportions of the crop
-    return _Geometry(matrix, _shared(tfms, 'size') or hw, _shared(tfms, 'mode', 'bilinear'), _shared(tfms, 'pad_mode', 'reflection'))
+    turns = all(type(t) is Flip or type(t) is Dihedral and hw[0] == hw[1] for t in tfms)
+    return _Geometry(matrix, _shared(tfms, 'size') or hw, _shared(tfms, 'mode', 'bilinear'), _shared(tfms, 'pad_mode', 'reflection'), turns)
 
 # %% ../../nbs/data/04_augment.ipynb #f5fe7553
 def _unit(x):
@@ -228,44 +234,74 @@ def _to(array, x):
     "A numpy array on the device of `x`, without waiting; float64 becomes float32"
     return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array).to(x.device, non_blocking=True)
 
-def _by_rows(x, groups, size):
-    "A float32 channels_last batch with `f(x[rows], rows)` at `rows`, for the (rows, f) of `groups`, which share out all rows"
-    if len(groups) == 1: return _unit(groups[0][1](x, groups[0][0])).contiguous(memory_format=torch.channels_last)
+_IN_CACHE = 2**18     # numbers: so many as floats, and what is made of them on the way, fit into the cache of a core; three images of 160×160
+
+def _groups(rows, like, numbers):
+    """The `rows` (indices in rising order) in the groups that are worked on together, as slices or as tensors of indices.
+
+    On a CPU these are neighbours, as many images of `numbers` values as stay in its cache, at least one for each thread; on the other devices of `like` all."""
+    if not len(rows): return
+    if like.device.type != 'cpu':
+        yield slice(int(rows[0]), int(rows[-1])+1) if rows[-1] - rows[0] + 1 == len(rows) else _to(rows, like)
+        return
+    few = max(1, _IN_CACHE//max(1, numbers))*torch.get_num_threads()
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+        first, stop = int(run[0]), int(run[-1])+1
+        for a in range(first, stop, few): yield slice(a, min(a+few, stop))
+
+def _store(out, i, images):
+    "Write `images` to the rows `i` of the float32 batch `out`; integers become parts of the largest of their kind"
+    if isinstance(i, slice): out = out[i].copy_(images)
+    else: out.index_copy_(0, i, images := _unit(images))
+    if not images.is_floating_point(): out.div_(torch.iinfo(images.dtype).max)
+
+def _by_rows(x, kinds, size):
+    "A new float32 channels_last batch with `f(x[i], i)` at the rows i, for the (rows, f) of `kinds`, which share out all rows of `x`"
     out = torch.empty((*x.shape[:2], *size), device=x.device, memory_format=torch.channels_last)
-    for rows, f in groups:
-        i = _to(rows, x)
-        out.index_copy_(0, i, _unit(f(x[i], rows)))
+    for rows, f in kinds:
+        for i in _groups(rows, x, x.shape[1]*max(math.prod(size), math.prod(x.shape[2:]))): _store(out, i, f(x[i], i))
     return out
 
-def _turn(x, rows, code):
+def _as_they_are(x):
+    "The (rows, f) of all images of `x`, without a change"
+    return np.arange(len(x)), lambda x, i: x
+
+def _turn(x, i, code):
     "The flip or quarter turn `code` of `_DIHEDRAL`, exact"
     dims = [d for bit, d in ((1, -1), (2, -2)) if code & bit]
     x = x.flip(dims) if dims else x
     return x.transpose(-1, -2) if code & 4 else x
 
-def _grid(m, h, w):
-    "(n, h, w, 2) float32: the places that the pixels of an (h, w) result look at, for the matrices `m` (n, 3, 3)"
-    x, y = ((torch.arange(k, device=m.device)*2 + 1)/k - 1 for k in (w, h))
-    u, v, z = (m[:, i, 0, None, None]*x + (m[:, i, 1, None, None]*y[:, None] + m[:, i, 2, None, None]) for i in range(3))
-    z = z.clamp_min_(.05).reciprocal_()                                     # beyond the horizon there is no place to look at
-    return torch.stack([u.mul_(z), v.mul_(z)], -1)
+def _sight(matrix, size, x):
+    """What `_grid` adds up, on the device of `x`, for matrices (n, 3, 3) and a result of `size`: (n, 3, 1, width) and (n, 3, height, 1).
+
+    The third of the 3 is the distance; without a perspective in any matrix it is 1 everywhere, and left out."""
+    m, (down, across) = _to(matrix, x), (torch.linspace(1/k - 1, 1 - 1/k, k, device=x.device) for k in size)
+    if (matrix[:, 2] == (0, 0, 1)).all(): m = m[:, :2]
+    return (m[:, :, :1]*across)[:, :, None], (m[:, :, 1:2]*down + m[:, :, 2:])[..., None]
+
+def _grid(across, down):
+    "(n, height, width, 2) float32: the places that the pixels of the result look at, from what `_sight` gives"
+    uvz = across + down
+    uv = uvz[:, :2].div_(uvz[:, 2:].clamp_min_(.05)) if uvz.shape[1] == 3 else uvz     # beyond the horizon there is no place to look at
+    return uv.permute(0, 2, 3, 1)
 
 def _reduction(matrix, hw, size):
     "(n,) whole factors by which each image can be averaged down before the resample, by how many old pixels a new one covers at the centre"
     area = abs(np.linalg.det(matrix))/abs(matrix[:, 2, 2])**3
     return np.maximum(1, min(hw[0]/size[0], hw[1]/size[1])*np.sqrt(area) + 1e-6).astype(int)
 
-def _sample(x, rows, geometry, reduction):
-    "Resample the images `x`, which are the `rows` of the batch, averaged down by `reduction` before"
-    x, (h, w) = _unit(x), x.shape[-2:]
+def _sample(x, i, geometry, sight, reduction):
+    "Resample the images `x`, which are the rows `i` of the batch, averaged down by `reduction` before; float32 from 0 to 1"
+    x, top, (h, w) = x.to(torch.float32), None if x.is_floating_point() else torch.iinfo(x.dtype).max, x.shape[-2:]
+    if top: x.mul_(1/top)                                                   # a division takes twice as long, and nothing here is exact to the last bit
     if reduction > 1 and geometry.mode != 'nearest': x = F.interpolate(x, size=(-(-h//reduction), -(-w//reduction)), mode='area')
-    grid = _grid(_to(geometry.matrix[rows], x), *geometry.size)
-    x = F.grid_sample(x, grid, mode=geometry.mode, padding_mode=geometry.pad_mode, align_corners=False)
+    x = F.grid_sample(x, _grid(*(o[i] for o in sight)), mode=geometry.mode, padding_mode=geometry.pad_mode, align_corners=False)
     return x.clamp_(0, 1) if geometry.mode == 'bicubic' else x              # bicubic overshoots at edges
 
 @singledispatch
-def _resample(value, geometry):
-    "`value`, a batch of one kind of data, after `geometry`; kinds without a place in the picture stay as they are"
+def _resample(value, geometry, light=None):
+    "`value`, a batch of one kind of data, after `geometry`, and images in their new `light`; kinds without a place in the picture stay as they are"
     return value
 
 def _exact(geometry, hw):
@@ -274,17 +310,36 @@ def _exact(geometry, hw):
     if hw[0] != hw[1]: exact[:, 4:] = False                                 # a stretch as well as a turn
     return np.where(exact.any(1) & (hw == geometry.size), exact.argmax(1), -1)
 
+def _as_before(x, value):
+    "The images `x` with the channels and the type of `value`; those of a grey batch stay one in memory"
+    return tv_tensors.wrap(x.expand(-1, value.shape[1], -1, -1), like=value)
+
+def _apart(field):
+    "`field`, whose channels each have their own memory: what is to come may work in place, or differ between them"
+    if not isinstance(field, tv_tensors.Image) or field.stride(1): return field
+    return tv_tensors.wrap(field.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last), like=field)
+
+def _turned(x, code):
+    "The bytes of `x` after the flips and quarter turns `code`, image by image: a quarter of the memory that floats would take"
+    out = np.empty((len(x), *x.shape[2:], x.shape[1]), np.uint8)
+    for to, image, c in zip(out, x.permute(0, 2, 3, 1).numpy(), code):
+        image = image[::-1 if c & 2 else 1, ::-1 if c & 1 else 1]
+        to[:] = image.swapaxes(0, 1) if c & 4 else image
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
+
 @_resample.register
-def _(value: tv_tensors.Image, geometry):
-    x, hw = value.as_subclass(torch.Tensor), tuple(value.shape[-2:])
+def _(value: tv_tensors.Image, geometry, light=None):
+    x, hw = single_channel(value.as_subclass(torch.Tensor), 1), tuple(value.shape[-2:])
     code = _exact(geometry, hw)
+    if geometry.turns and light is None and hw == geometry.size and x.dtype == torch.uint8 and x.device.type == 'cpu': return _as_before(_turned(x, code), value)
     code = np.where(code >= 0, code, -_reduction(geometry.matrix, hw, geometry.size))
-    groups = [(np.flatnonzero(code == c), partial(_turn, code=c) if c >= 0 else partial(_sample, geometry=geometry, reduction=-c)) for c in np.unique(code).tolist()]
-    return tv_tensors.wrap(_by_rows(x, groups, geometry.size), like=value)
+    sight = _sight(geometry.matrix, geometry.size, x) if code.min() < 0 else None
+    kinds = [(np.flatnonzero(code == c), partial(_turn, code=c) if c >= 0 else partial(_sample, geometry=geometry, sight=sight, reduction=-c)) for c in np.unique(code).tolist()]
+    return _as_before(_lit_rows(x, kinds, geometry.size, light) if light else _by_rows(x, kinds, geometry.size), value)
 
 # %% ../../nbs/data/04_augment.ipynb #e24d640c
 @_resample.register
-def _(value: tv_tensors.Mask, geometry):
+def _(value: tv_tensors.Mask, geometry, light=None):
     x, code = value.as_subclass(torch.Tensor), _exact(geometry, tuple(value.shape[-2:]))
     out = torch.empty((len(x), *geometry.size), dtype=x.dtype, device=x.device)
     for c in np.unique(code).tolist():
@@ -294,7 +349,7 @@ def _(value: tv_tensors.Mask, geometry):
 
 def _nearest(x, matrix, geometry):
     "Resample the masks `x` (n, h, w); a float32 holds their whole numbers up to 2²⁴ exactly"
-    grid = _grid(_to(matrix, x), *geometry.size)
+    grid = _grid(*_sight(matrix, geometry.size, x))
     return F.grid_sample(x[:, None].float(), grid, mode='nearest', padding_mode=geometry.pad_mode, align_corners=False)[:, 0].to(x.dtype)
 
 def _moved(xy, geometry):
@@ -304,10 +359,10 @@ def _moved(xy, geometry):
     return torch.stack([u, v], -1)/z.clamp_min(.05)[..., None]               # at and beyond the horizon, far outside
 
 @_resample.register
-def _(value: Points, geometry): return _moved(value.as_subclass(torch.Tensor), geometry).as_subclass(Points)
+def _(value: Points, geometry, light=None): return _moved(value.as_subclass(torch.Tensor), geometry).as_subclass(Points)
 
 @_resample.register
-def _(value: Boxes, geometry):
+def _(value: Boxes, geometry, light=None):
     x1, y1, x2, y2, label = value.as_subclass(torch.Tensor).unbind(-1)
     corners = _moved(torch.stack([x1, y1, x2, y1, x1, y2, x2, y2], -1).reshape(len(value), -1, 2), geometry).reshape(*label.shape, 4, 2)
     low, high = corners.amin(2).clamp(-1, 1), corners.amax(2).clamp(-1, 1)
@@ -403,22 +458,43 @@ def _draw_light(tfms, rng, n):
 def _turn_hue(x, turn):
     "The hue (of HSV) of RGB images turned by `turn` (n,) of the colour circle"
     top = x.amax(1); span = top - x.amin(1); (r, g, b), safe = x.unbind(1), span.clamp_min(1e-8)
-    hue = torch.where(r == top, (g-b)/safe, torch.where(g == top, (b-r)/safe + 2, (r-g)/safe + 4)) + 6*turn[:, None, None]    # in sixths
-    k = (hue[:, None] + torch.arange(5, 0, -2, device=x.device)[:, None, None]) % 6       # how far red, green, blue are from it
-    return top[:, None] - span[:, None]*torch.minimum(k, 4-k).clamp(0, 1)
+    hue = torch.where(r == top, (g-b).div_(safe), torch.where(g == top, (b-r).div_(safe).add_(2), (r-g).div_(safe).add_(4))).add_(6*turn.view(-1, 1, 1))    # in sixths
+    k = hue[:, None] + torch.arange(5, 0, -2, device=x.device)[:, None, None]             # how far red, green, blue are from it
+    k = k.sub_((k/6).floor_().mul_(6))
+    return torch.minimum(k, 4-k).clamp_(0, 1).mul_(-span[:, None]).add_(top[:, None])
 
-def _light_rows(x, rows, light):
-    "The images `x`, which are the `rows` of the batch, in their new light"
-    x, (grey, colour, shift, turn) = _unit(x), (getattr(light, o)[rows] for o in ('grey', 'colour', 'shift', 'turn'))
-    per_image = lambda a: _to(a, x)[:, None, None, None]
-    if light.changed[rows].any():
-        l = torch.logit(x, eps=_EPS)
-        if (grey == colour).all(): l.mul_(per_image(grey)).add_(per_image(shift))
-        else:
-            g = sum(weight*l[:, i:i+1] for i, weight in enumerate(_LUMA))
-            l.mul_(per_image(colour)).add_(g.mul_(per_image(grey-colour)).add_(per_image(shift)))
-        x = l.sigmoid_()
-    return _turn_hue(x, _to(turn, x)) if turn.any() else x
+_CHANGED, _COLOURED, _TURNED = 1, 2, 4    # what an image drew: other logits, colour by another factor than grey, a turn of the hue
+
+def _light_kinds(light, together):
+    "(n,) what the light of each image needs, a sum of the three; `together`, all that change get what one of them needs"
+    kind = light.changed*_CHANGED + (light.grey != light.colour)*_COLOURED + (light.turn != 0)*_TURNED
+    return np.where(kind > 0, np.bitwise_or.reduce(kind), 0) if together else kind
+
+def _light(x, kind, grey, colour, shift, turn):
+    "The images `x` in their new light, float32 from 0 to 1; `x` itself stays as it is"
+    x = _unit(x)
+    if kind & (_COLOURED | _TURNED): x = x.contiguous()                     # what mixes channels has them apart
+    if kind & _CHANGED:
+        x = torch.logit(x, eps=_EPS)
+        if kind & _COLOURED:
+            g = sum(weight*x[:, i:i+1] for i, weight in enumerate(_LUMA))
+            x.mul_(-colour).sub_(g.mul_(grey-colour).add_(shift))
+        else: x.mul_(-grey).sub_(shift)
+        x.exp_().add_(1).reciprocal_()                                      # the sigmoid; `sigmoid_` rounds the last values of a tensor otherwise than the rest
+    return _turn_hue(x, turn) if kind & _TURNED else x
+
+def _lit_rows(x, kinds, size, light):
+    "As `_by_rows`, and then in its new `light`: on a CPU while an image is in its cache, elsewhere for all at once"
+    if x.shape[1] != 3: light = _Light(light.grey, light.grey, light.shift, light.turn*0)       # no colour to change
+    cpu, numbers = x.device.type == 'cpu', [_to(o, x).view(-1, 1, 1, 1) for o in vars(light).values()]
+    need = _light_kinds(light, together=not cpu)
+    lit = lambda kind: lambda y, i: _light(y, kind, *(o[i] for o in numbers)) if kind else y
+    if cpu:
+        then = lambda f, g: lambda x, i: g(f(x, i), i)
+        return _by_rows(x, [(rows[need[rows] == k], then(f, lit(k))) for rows, f in kinds for k in np.unique(need[rows]).tolist()], size)
+    x = _by_rows(x, kinds, size)
+    for i in _groups(np.flatnonzero(need), x, 1): _store(x, i, lit(int(need.max()))(x[i], i))
+    return x
 
 @singledispatch
 def _relight(value, light):
@@ -427,10 +503,8 @@ def _relight(value, light):
 
 @_relight.register
 def _(value: tv_tensors.Image, light):
-    if value.shape[1] != 3: light = _Light(light.grey, light.grey, light.shift, light.turn*0)   # no colour to change
-    on = light.changed | (light.turn != 0)
-    parts = [(np.flatnonzero(on), partial(_light_rows, light=light)), (np.flatnonzero(~on), lambda x, rows: x)]
-    return tv_tensors.wrap(_by_rows(value.as_subclass(torch.Tensor), [o for o in parts if len(o[0])], value.shape[-2:]), like=value)
+    x = single_channel(value.as_subclass(torch.Tensor), 1)
+    return _as_before(_lit_rows(x, [_as_they_are(x)], value.shape[-2:], light), value)
 
 # %% ../../nbs/data/04_augment.ipynb #867d6a98
 @dataclass(frozen=True, repr=False)
@@ -470,13 +544,14 @@ class RandomErasing(_BatchTfm):
         return res
 
 @singledispatch
-def _erase(value, boxes, rng, first=0):
-    "`value`, a batch of one kind of data whose row 0 has the number `first` in `boxes`, with noise in the boxes; only images change"
+def _erase(value, boxes, rng, first=0, own=False):
+    "`value`, a batch of one kind of data whose row 0 has the number `first` in `boxes`, with noise in the boxes; only images change, and with `own` in place"
     return value
 
 @_erase.register
-def _(value: tv_tensors.Image, boxes, rng, first=0):
-    x = _unit(value.as_subclass(torch.Tensor)).clone(memory_format=torch.channels_last)    # never into the caller's own batch
+def _(value: tv_tensors.Image, boxes, rng, first=0, own=False):
+    x = value.as_subclass(torch.Tensor)
+    if not own: x = _by_rows(x, [_as_they_are(x)], x.shape[-2:])
     for i, rows, cols in boxes:
         noise = rng.standard_normal((x.shape[1], rows.stop-rows.start, cols.stop-cols.start), dtype=np.float32)
         if 0 <= i - first < len(x): x[i - first, :, rows, cols] = _to(np.clip(.5 + .25*noise, 0, 1), x)
@@ -599,10 +674,10 @@ def _fit_size(value, size, part, hw):
 
 @_fit_size.register
 def _(value: tv_tensors.Image, size, part, hw):
-    x = value.as_subclass(torch.Tensor)[(..., *part)]
+    x = single_channel(value.as_subclass(torch.Tensor), 1)[(..., *part)]
     if x.shape[-2:] == value.shape[-2:] == size: return value
     x = F.interpolate(_unit(x), size=size, mode='bilinear', antialias=True, align_corners=False)
-    return tv_tensors.wrap(x.clamp_(0, 1).contiguous(memory_format=torch.channels_last), like=value)
+    return _as_before(x.clamp_(0, 1).contiguous(memory_format=torch.channels_last), value)
 
 @_fit_size.register
 def _(value: tv_tensors.Mask, size, part, hw):
@@ -624,7 +699,7 @@ def apply_batch_tfms(
 ):
     """`fields` after the batch transforms, as a tuple; the draws are made once and followed by all fields.
 
-    Images that pass a transform are float32 from 0 to 1 in channels_last, on the device they came on; without any they are returned as they are (uint8 stays uint8).
+    Images that pass a transform are float32 from 0 to 1 in channels_last, on the device they came on. Without any, and on the CPU after flips and quarter turns alone, uint8 stays uint8.
     Chance comes from `rng` alone, and on the CPU: equal generators give equal pictures on every device. Raises `DataError` for transforms that do not fit together."""
     tfms, fields = [t for t in check_batch_tfms(tfms) if not isinstance(t, Normalize)], tuple(fields)
     image = next((f for f in fields if isinstance(f, tv_tensors.Image)), None)
@@ -639,18 +714,17 @@ def apply_batch_tfms(
         size, crop = _shared(geometric, 'size'), next((t for t in geometric if isinstance(t, RandomResizedCropGPU)), None)
         part = crop.middle(*hw) if crop else (slice(0, hw[0]), slice(0, hw[1]))
         return tuple(_fit_size(f, size, part, hw) for f in fields) if size else fields
-    if geometric:
-        geometry = _part(_draw_geometry(geometric, rng, n, hw), here); hw = geometry.size
-        fields = tuple(_resample(f, geometry) for f in fields)
-    if lighting:
-        light = _part(_draw_light(lighting, rng, n), here)
-        fields = tuple(_relight(f, light) for f in fields)
-    for t in tfms:
-        if isinstance(t, PixelTfm): fields = tuple(_pixels(f, t, rng, rows) for f in fields)
-        elif not isinstance(t, kinds): fields = _call(t, fields, rows, rng)
+    if geometric: geometry = _part(_draw_geometry(geometric, rng, n, hw), here); hw = geometry.size
+    light = _part(_draw_light(lighting, rng, n), here) if lighting else None
+    if geometric: fields = tuple(_resample(f, geometry, light) for f in fields)
+    elif lighting: fields = tuple(_relight(f, light) for f in fields)
+    if erasing or any(not isinstance(t, kinds) for t in tfms): fields = tuple(map(_apart, fields))
+    own = bool(geometric or lighting)                                       # whether the images are ours to write into, or may still be the caller's
+    for t in (t for t in tfms if not isinstance(t, kinds)):
+        fields, own = tuple(_pixels(f, t, rng, rows) for f in fields) if isinstance(t, PixelTfm) else _call(t, fields, rows, rng), False
     for t in erasing:
         boxes = t.boxes(rng, n, *hw)
-        fields = tuple(_erase(f, boxes, rng, start) for f in fields)
+        fields, own = tuple(_erase(f, boxes, rng, start, own) for f in fields), True
     return fields
 
 def _checked_rows(rows, here):

@@ -96,6 +96,7 @@ class BandsBlock(ImageBlock):
     mean: tuple = field(default=None, kw_only=True)    # mean of each channel, in [0, 1]: set by the batch transform `Normalize`
     std: tuple = field(default=None, kw_only=True)     # standard deviation of each channel
     mode: ClassVar[str] = 'bands'
+    draft: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.bands is not None:

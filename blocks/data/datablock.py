@@ -22,7 +22,7 @@ from .frame import FrameDraw
 from .label import CategoryBlock
 from .loader import Loader, Samples, read_error
 from .place import BBoxBlock, BBoxLblBlock, merge_boxes
-from .source import RandomSplitter, check_split
+from .source import PackedL, RandomSplitter, check_split, counted, pick
 
 # %% ../../nbs/data/06_datablock.ipynb #878cb891
 @dataclass
@@ -54,6 +54,8 @@ class Datasets:
 # %% ../../nbs/data/06_datablock.ipynb #fdd09157
 QUICK_LOOKS = 10_000    # how many files a build looks at; of more, as many evenly spread ones
 
+_LOOKS = 32             # as many are one task of a thread: handing over a task takes as long as a look
+
 def _reads_files(block): return block.kind in (tv_tensors.Image, tv_tensors.Mask)
 
 def _find_bad(blocks, fields, whole, workers):
@@ -66,7 +68,8 @@ def _find_bad(blocks, fields, whole, workers):
             except Exception as e: return i, read_error(block, raws[i], e)
     files = [k for k, b in enumerate(blocks) if _reads_files(b)]
     blocks, fields = [blocks[k] for k in files], [fields[k] for k in files]
-    with ThreadPoolExecutor(max(1, workers)) as pool: return dict(o for o in pool.map(look, looked, chunksize=32) if o)
+    chunks = [looked[a:a+_LOOKS] for a in range(0, len(looked), _LOOKS)]
+    with ThreadPoolExecutor(max(1, workers)) as pool: return dict(o for found in pool.map(lambda chunk: list(filter(None, map(look, chunk))), chunks) for o in found)
 
 def _raise_bad(bad):
     "One error for all bad items: the first in full, the others counted"
@@ -89,6 +92,10 @@ def _write_bad(bad, path):
     pd.DataFrame([dict(item=str(e.item), stage=e.stage, problem=e.problem) for e in bad]).to_csv(path/'bad_items.csv', index=False)
 
 # %% ../../nbs/data/06_datablock.ipynb #175c94aa
+def _by_split(raws, splits):
+    "The raw values of each split by its name"
+    return {name: pick(raws, idx.values.array) for name, idx in zip(_SPLITS, splits)}
+
 def _refuses(block, raw):
     "Is this raw value by itself what `block` cannot be fitted on?"
     try: block.fit([raw])
@@ -98,32 +105,33 @@ def _refuses(block, raw):
 def fit_block(block, parts, name, items=lambda split: []):
     "`block` fitted on the training values, and checked against those of every split; `parts` has the raw values by the name of the split"
     given, raws = getattr(block, 'vocab', None) is not None, parts['train']
+    if type(block) is CategoryBlock and block.weights is None: raws = [o for o, *_ in counted(raws)]      # only weights ask how often a label comes
     try: block = block.fit(raws)
     except DataError as e:
-        stage, culprit = f'{name}: {type(block).__name__}.fit', next((item for item, o in zip(items('train'), raws) if _refuses(block, o)), None)
+        stage, culprit = f'{name}: {type(block).__name__}.fit', next((item for item, o in zip(items('train'), parts['train']) if _refuses(block, o)), None)
         raise (DataError(f'{stage}: {e}') if culprit is None else ItemError(stage, culprit, e)) from e
     for split, values in parts.items():
         if _reads_files(block): continue                                 # they were looked at before
         if hasattr(block, 'labels'): _check_labels(block, values, _SPLITS[split], given)
         _check_values(block, values, name, lambda: items(split))
     if isinstance(block, CategoryBlock) and len(block.vocab) == 1:
-        warnings.warn(f"all {len(raws)} training labels are the same class, {block.vocab[0]!r}: nothing can be learned from that", stacklevel=5)
+        warnings.warn(f"all {len(parts['train'])} training labels are the same class, {block.vocab[0]!r}: nothing can be learned from that", stacklevel=5)
     return block
 
 _SPLITS = dict(train='training', valid='validation', test='test')
 
 def _check_values(block, raws, name, items):
     "The first value that the fitted block cannot use is an error that names its item"
-    for k, raw in enumerate(raws):
+    for raw, _, k in counted(raws):
         try: block.verify(raw)
         except DataError as e: raise ItemError(f'{name}: {type(block).__name__}', next((o for i, o in enumerate(items()) if i == k), raw), e) from e
 
 def _check_labels(block, raws, split, given):
     "Labels that a fitted block does not know are an error that counts them"
     unknown = {}
-    for o in (o for raw in raws for o in block.labels(raw)):
+    for o, n in ((o, n) for raw, n, _ in counted(raws) for o in block.labels(raw)):
         try: block.index(o)
-        except DataError: unknown[str(o)] = unknown.get(str(o), 0) + 1
+        except DataError: unknown[str(o)] = unknown.get(str(o), 0) + n
     if unknown:
         name = type(block).__name__
         listed = ', '.join(f'{k!r} ({n})' for k, n in list(unknown.items())[:8])
@@ -202,7 +210,7 @@ class DataBlock:
             except Exception as e: raise DataError(f"get_items failed for source {source!r}: {type(e).__name__}: {e}") from e
         if not hasattr(items, '__iter__') or isinstance(items, (str, bytes, PathLike)):
             raise DataError(f"{'the source' if self.get_items is None else 'what get_items returned'} is a {type(items).__name__}, {items!r}: expected a list of items, or a table")
-        if not hasattr(items, 'iloc'): items = L(items, use_list=True) if not isinstance(items, L) else items
+        if not hasattr(items, 'iloc'): items = PackedL.of(items)
         if len(items): return items
         where = str(source) if isinstance(source, (str, Path)) else f'a {type(source).__name__} of length {len(source)}' if hasattr(source, '__len__') else repr(source)
         raise DataError(f"0 items in {where}: get_items={getattr(self.get_items, '__name__', self.get_items)} found nothing. Check the path, the file endings, and whether the files are in it")
@@ -230,9 +238,9 @@ class DataBlock:
         bad = _find_bad(self.blocks, fields, on_bad == 'skip', default_workers() if num_workers is None else num_workers)
         if bad and on_bad == 'raise': _raise_bad(bad)
         if bad: _skip_bad(bad, len(items), max_bad)
-        splits = tuple(L(i for i in idx if i not in bad) for idx in splits)
-        if not splits[0]: raise DataError(f"no training item is left: all of them are among the {len(bad)} bad ones, the first: {next(iter(bad.values()))}")
-        parts = [{name: [raws[i] for i in idx] for name, idx in zip(_SPLITS, splits)} for raws in fields]
+        if bad: splits = tuple(idx[np.isin(idx.values.array, list(bad), invert=True)] for idx in splits)
+        if not len(splits[0]): raise DataError(f"no training item is left: all of them are among the {len(bad)} bad ones, the first: {next(iter(bad.values()))}")
+        parts = [_by_split(raws, splits) for raws in fields]
         of_split = lambda name: (items.iloc[i] if hasattr(items, 'iloc') else items[i] for i in splits[list(_SPLITS).index(name)])
         blocks = tuple(fit_block(b, values, name, of_split) for b, values, (name, _) in zip(self.blocks, parts, self._getters()))
         geometries, tfms = split_item_tfms(self.item_tfms)
@@ -253,13 +261,14 @@ class DataBlock:
         shuffle=True,       # a new order of the training samples each epoch
         drop_last=True,     # leave out a last training batch that is not full
         sampler=None,       # which training samples an epoch draws, such as `WeightedSampler()`; None: each once
+        cache_gb=None,      # memory in GB for pictures that were read, kept at the size that training needs: later epochs do not decode them again; None: none
     ) -> DataLoaders:
         "Loaders for `source`; whatever is wrong with the data and can be known now is an error now"
         device = resolve_device(device)
         dsets = self.datasets(source, seed, on_bad, max_bad, num_workers)
         if dsets.bad: _write_bad(dsets.bad, Path(path))
         get_x = tuple(g for _, g in self._getters()[:self.n_inp])
-        return replace(make_loaders(dsets, self.batch_tfms, bs, val_bs, num_workers, device, path, shuffle, drop_last, sampler), get_x=get_x)
+        return replace(make_loaders(dsets, self.batch_tfms, bs, val_bs, num_workers, device, path, shuffle, drop_last, sampler, cache_gb), get_x=get_x)
 
     def new(self, **changes):
         "Another template, with some fields changed: `block.new(item_tfms=Resize(128))`"
@@ -270,7 +279,7 @@ class DataBlock:
         summarize(self, source)
 
 # %% ../../nbs/data/06_datablock.ipynb #0354b8a5
-def make_loaders(dsets, batch_tfms=None, bs=64, val_bs=None, num_workers=None, device=None, path='.', shuffle=True, drop_last=True, sampler=None) -> DataLoaders:
+def make_loaders(dsets, batch_tfms=None, bs=64, val_bs=None, num_workers=None, device=None, path='.', shuffle=True, drop_last=True, sampler=None, cache_gb=None) -> DataLoaders:
     "`DataLoaders` over the splits of `dsets`"
     auto, bs = bs == 'auto', 64 if bs == 'auto' else bs
     tfms, train = split_batch_tfms(batch_tfms, dsets.train)
@@ -284,7 +293,7 @@ def make_loaders(dsets, batch_tfms=None, bs=64, val_bs=None, num_workers=None, d
     if bs > n:
         if not auto: warnings.warn(f"bs={bs} is larger than the {n} training items: batches of {n} are used", stacklevel=3)
         loaders['train'] = loaders['train'].new(bs=n)
-    return DataLoaders(**loaders, path=Path(path), bad_items=dsets.bad_items, splits=dsets.splits, items=dsets.items, auto_bs=auto)
+    return DataLoaders(**loaders, path=Path(path), bad_items=dsets.bad_items, splits=dsets.splits, items=dsets.items, auto_bs=auto, cache_gb=cache_gb)
 
 # %% ../../nbs/data/06_datablock.ipynb #03b2d9d6
 def summarize(template, source):
@@ -295,7 +304,7 @@ def summarize(template, source):
     for name, getter in template._getters():
         fields.append(stage(name, lambda: evaluate(name, getter, items), lambda o: f'{describe(o[0])}'))
     splits = stage('splitter', lambda: template._split(items, fields), lambda o: ', '.join(f'{len(idx)} {name}' for name, idx in zip(_SPLITS, o)))
-    of = lambda raws: {name: [raws[i] for i in idx] for name, idx in zip(_SPLITS, splits)}
+    of = lambda raws: _by_split(raws, splits)
     blocks = tuple(stage(f'{type(b).__name__}.fit', lambda: fit_block(b, of(raws), name), _one_line) for b, raws, (name, _) in zip(template.blocks, fields, template._getters()))
     geometries, tfms = split_item_tfms(template.item_tfms)
     samples = Samples(tuple(of(raws)['train'] for raws in fields), blocks, geometries, tfms, template.n_inp, True, current_seed())

@@ -15,9 +15,10 @@ from fastcore.foundation import L
 from ..core import BlocksError, DataError, ItemError, as_list
 from .augment import GeometricTfm, Normalize, check_batch_tfms
 from .block import ImageBlock
+from .cache import picture_caches
 from .frame import Geometry, Resize
 from .loader import Loader, grid, input_loader, sample_labels, show_sample
-from .source import ColReader
+from .source import ColReader, Packed, by_folder, pack, parent_label
 
 # %% ../../nbs/data/05b_dataloaders.ipynb #53a2d287
 def _flat_list(tfms): return [o for t in as_list(tfms) for o in (_flat_list(t) if isinstance(t, (list, tuple, L)) else [t])]
@@ -64,18 +65,32 @@ def rows(items):
     "The items one by one; a table gives its rows"
     return (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else iter(items)
 
+@dataclass(eq=False)
+class _Rows(Packed):
+    "The rows of a table, each taken out when it is asked for"
+    table: object
+    def __len__(self): return len(self.table)
+    def _one(self, i): return self.table.iloc[i]
+
 def evaluate(name, getter, items):
-    "What `getter` gives for each item; an error names the item"
-    if getter is None: return list(rows(items))
-    if isinstance(getter, ColReader) and hasattr(items, 'columns'): return list(getter.column(items))
-    values = []
-    for item in rows(items):
-        try: values.append(getter(item))
-        except Exception as e:
-            if isinstance(e, ItemError): raise
-            problem = str(e) if isinstance(e, BlocksError) else f'{type(e).__name__}: {e}'
-            raise ItemError(name, item, problem, f'make {name} work for this item, or leave the item out in get_items') from e
-    return values
+    "What `getter` gives for each item, packed where that can be; an error names the item"
+    table = hasattr(items, 'iloc')
+    if getter is None: return _Rows(items) if table else pack(items)
+    if isinstance(getter, ColReader) and table: return pack(getter.column(items))
+    if getter is parent_label and (labels := _by_folder(getter, items)) is not None: return labels
+    return pack(_called(name, getter, item) for item in rows(items))
+
+def _by_folder(getter, items):
+    "The labels of packed paths; None where they are not packed, or one has no label: it will be named"
+    try: return by_folder(getter, items)
+    except DataError: return None
+
+def _called(name, getter, item):
+    try: return getter(item)
+    except ItemError: raise
+    except Exception as e:
+        problem = str(e) if isinstance(e, BlocksError) else f'{type(e).__name__}: {e}'
+        raise ItemError(name, item, problem, f'make {name} work for this item, or leave the item out in get_items') from e
 
 # %% ../../nbs/data/05b_dataloaders.ipynb #63c2db41
 @dataclass
@@ -91,6 +106,11 @@ class DataLoaders:
     splits: tuple = field(default=(), repr=False)    # indices of the samples of each split among `items`
     items: object = field(default=None, repr=False)  # the items of the source
     auto_bs: bool = field(default=False, repr=False) # a learner that is made with them chooses `bs`
+    cache_gb: float = None                      # memory in GB for pictures that were read; None: every picture is read from its file in every epoch
+
+    def __post_init__(self):
+        new = [dl for dl in self.parts.values() if dl.samples.cache is None] if self.cache_gb is not None else []
+        for dl, cache in zip(new, picture_caches(self.cache_gb, [len(dl.samples)*len(dl.samples.fields) for dl in new]) if new else ()): dl.samples = dl.samples.new(cache=cache)
 
     @property
     def parts(self):

@@ -17,7 +17,7 @@ from .dataloaders import DataLoaders, split_item_tfms
 from .label import CategoryBlock, MultiCategoryBlock
 from .loader import Samples
 from .place import MaskBlock
-from .source import (ColReader, ColSplitter, GrandparentSplitter, RandomSplitter, RegexLabeller, get_image_files, parent_label)
+from .source import (ColReader, ColSplitter, GrandparentSplitter, Packed, RandomSplitter, RegexLabeller, get_image_files, pack, parent_label)
 
 # %% ../../nbs/data/06a_factory.ipynb #c9aba79f
 class ImageDataLoaders(DataLoaders):
@@ -66,7 +66,7 @@ class ImageDataLoaders(DataLoaders):
         "From a list of files (below `path`, or whole), Pillow images, arrays or tensors, and a list of their labels; lists of labels need `y_block=MultiCategoryBlock`"
         if len(fnames) != len(labels): raise DataError(f"{len(fnames)} files and {len(labels)} labels: expected as many of each")
         below = lambda o: Path(path)/o if isinstance(o, (str, Path)) and not Path(o).exists() else o
-        return cls._make(list(zip(fnames, labels)), path, valid_pct, seed, None, item_tfms, batch_tfms, get_x=lambda o: below(o[0]), get_y=lambda o: o[1], **kw)
+        return cls._make(_Pairs(pack(fnames), pack(labels)), path, valid_pct, seed, None, item_tfms, batch_tfms, get_x=lambda o: below(o[0]), get_y=lambda o: o[1], **kw)
 
     @classmethod
     def from_arrays(cls, images, labels, path='.', **kw):
@@ -114,6 +114,14 @@ class ImageDataLoaders(DataLoaders):
         geometries, tfms = split_item_tfms(item_tfms)
         samples = {name: Samples((_Images(ds, idx), raws[name]), (ImageBlock(), target), geometries, tfms, 1, name == 'train', seed) for name, (ds, idx) in parts.items()}
         return make_loaders(Datasets(**samples, items=train_ds, splits=()), batch_tfms, path=path, **kw)
+
+@dataclass(eq=False)
+class _Pairs(Packed):
+    "Items of two lists, side by side"
+    x: object
+    y: object
+    def __len__(self): return len(self.x)
+    def _one(self, i): return self.x[i], self.y[i]
 
 @dataclass
 class _Images:

@@ -209,11 +209,16 @@ class FrameDraw:
         geometries,     # the item transforms that choose frames, in order; empty means the whole picture as it is
         rng=None,       # function without arguments that gives a fresh generator, always in the same state; None for the validation frame
     ):
-        self.geometries, self.rng, self.frames = geometries, rng, {}
+        self.geometries, self.rng, self.random, self.frames = geometries, rng, rng is not None, {}
 
     def __call__(self, width, height):
         if (width, height) not in self.frames: self.frames[width, height] = self._draw(width, height)
         return self.frames[width, height]
+
+    def on_copy(self, size, small, snapped):
+        "The frame of a picture of `size` as one of its copy of `small` (width, height) pixels; `snapped` says where on the pixels of the copy it lies, and every field follows"
+        self.frames[size], here = snapped(self._draw(*size), size, small)
+        return here
 
     @property
     def first(self):

@@ -140,7 +140,7 @@ class CategoryBlock(_Classes):
     temperature: float = field(default=1., repr=False)     # `activate` divides the scores by it before the softmax: above 1 less sure, below 1 more; the loss does not know it
     confidences: tuple = field(default=None, repr=False)   # the probabilities of the likeliest class that 0, 1, … 100 % of held-back items stay below; `calibrate` sets them
     threshold: float = field(default=0., repr=False)       # a class that is less probable is not told: the index is -1, the label 'unknown'
-    answer = 'category'
+    answer, by_row = 'category', True
     _mend = 'give one label for each item in get_y, or use MultiCategoryBlock for several'
 
     def __post_init__(self):
@@ -256,7 +256,7 @@ class MultiCategoryBlock(_Classes):
     add_na: bool = False      # put '#na#' first, for labels that are missing or not in the vocabulary
     thresh: float = .5        # a label counts as predicted above this probability; 0 to 1
     temperature: float = field(default=1., repr=False)     # `activate` divides the scores by it before the sigmoid: above 1 less sure, below 1 more; the loss does not know it
-    answer = 'multi'
+    answer, by_row = 'multi', True
     _mend = 'give one flat list of labels for each item'
 
     def __post_init__(self):
@@ -335,7 +335,7 @@ class RegressionBlock(Block):
     n × 1 or n; `activate` gives (n, n_out), for one number (n,). `fit`, `verify` and `read` raise `DataError` for what is missing, not a number, not finite, or has another length."""
     n_out: int = None         # how many numbers; None learns it from the training values
     y_range: tuple = None     # (low, high) between which all numbers lie; the head of `cnn_learner` ends in it, the block stores it and checks the training values
-    answer = 'number'
+    answer, by_row = 'number', True
 
     def __post_init__(self):
         if self.n_out is not None and (not isinstance(self.n_out, Integral) or isinstance(self.n_out, bool) or self.n_out < 1): raise DataError(f"RegressionBlock(n_out={self.n_out!r}): expected a whole number from 1 up")

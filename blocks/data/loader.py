@@ -8,17 +8,20 @@ __all__ = ['is_random', 'for_split', 'Samples', 'item_name', 'read_error', 'appl
 
 # %% ../../nbs/data/05_loader.ipynb #324f1a1a
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Integral
 import numpy as np, torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from ..core import BlocksError, DataError, ItemError, default_workers, resolve_device, seeded, stream
-from .augment import apply_batch_tfms
+from .ahead import SideStream, in_order, reading_threads
+from .augment import GeometricTfm, LightingTfm, apply_batch_tfms
+from .block import ImageBlock, single_channel
+from .cache import read_kept
 from .frame import FrameDraw
+from .source import counted, pack
 
 # %% ../../nbs/data/05_loader.ipynb #233a69b1
 _RANDOM = {'AugMix', 'AutoAugment', 'ColorJitter', 'ElasticTransform', 'GaussianBlur', 'GaussianNoise', 'JPEG', 'RandAugment', 'ScaleJitter', 'TrivialAugmentWide'}
@@ -55,6 +58,7 @@ class Samples(Dataset):
     n_inp: int = 1            # how many of the fields are inputs
     train: bool = False       # draw at random; otherwise the validation frame and no random transform
     seed: int = 0             # for the random draws
+    cache: object = field(default=None, repr=False, compare=False)      # a `PictureCache` of `len(fields)*len(self)` numbers; None: every picture is read from its file
 
     def __post_init__(self):
         self.active = for_split(self.tfms, self.train)                   # `tfms` stays whole, so that `new(train=…)` can choose again
@@ -73,10 +77,15 @@ class Samples(Dataset):
     def _read(self, i, epoch):
         frame = FrameDraw(self.geometries, (lambda: stream(self.seed, 'frame', epoch, i)) if self.train else None)
         values = []
-        for block, raws in zip(self.blocks, self.fields):
-            try: values.append(block.read(raws[i], frame))
+        for k, (block, raws) in enumerate(zip(self.blocks, self.fields)):
+            try: values.append(block.read(raws[i], frame) if self.cache is None or type(block).read is not ImageBlock.read else self._kept(k, i, frame))
             except Exception as e: raise read_error(block, item_name(raws, i), e, building=len(self.fields) > self.n_inp) from e
-        return self._transform(tuple(values), i, epoch) if self.active else tuple(values)
+        return self._transform(tuple(map(_own, values)), i, epoch) if self.active else tuple(values)
+
+    def _kept(self, k, i, frame):
+        "What the image block of field `k` reads of sample `i`, through the cache"
+        value = read_kept(self.cache, k*len(self) + i, self.blocks[k], self.fields[k][i], frame)
+        return value.clone() if self.active else value                   # a transform may work in place: not in the cache
 
     def _transform(self, values, i, epoch):
         try:
@@ -89,8 +98,13 @@ class Samples(Dataset):
         return tuple(block.collate(values) for block, values in zip(self.blocks, zip(*samples)))
 
     def new(self, **changes):
-        "The same samples with some fields of this dataclass changed"
+        "The same samples with some fields of this dataclass changed; where that changes what is read, without the cache"
+        if changes.keys() & {'fields', 'blocks', 'geometries', 'train'}: changes = {'cache': None, **changes}
         return replace(self, **changes)
+
+def _own(value):
+    "`value`, whose channels have each their own memory: a transform may work in place"
+    return value.contiguous() if isinstance(value, tv_tensors.Image) and value.stride(0) == 0 else value
 
 def item_name(raws, i):
     "What to call item `i` in an error; reading it again, where that is work, is left out"
@@ -143,6 +157,35 @@ def grid(n, nrows=None, ncols=None, figsize=None, size=2.2):
     return axs.flat[:n]
 
 # %% ../../nbs/data/05_loader.ipynb #4cac1b2d
+@dataclass(frozen=True)
+class _Part:
+    "Consecutive samples of one batch"
+    k: int        # number of the batch
+    start: int    # where they begin in the order of the epoch
+    n: int        # how many
+    total: int    # samples in the whole batch
+    bs: int       # samples in a full one
+
+    @property
+    def of(self): return slice(self.start, self.start + self.n)
+    @property
+    def rows(self): return None if self.n == self.total else (self.start - self.k*self.bs, self.total)
+    def pieces(self, step): return [replace(self, start=i, n=min(step, self.start + self.n - i)) for i in range(self.start, self.start + self.n, step)]
+
+def _by_row(tfm):
+    "Does a batch transform treat each row as if it were alone, once its draws are known?"
+    return isinstance(tfm, (GeometricTfm, LightingTfm))
+
+def _joined(block, pieces):
+    "One tensor of all rows, in the memory format of the pieces; copied by NumPy, in this thread alone"
+    first = pieces[0].as_subclass(torch.Tensor)
+    if len(pieces) == 1: return pieces[0]
+    if any(p.shape[1:] != first.shape[1:] for p in pieces): block.collate([p[0] for p in pieces])      # which says what is wrong
+    last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    rows = np.concatenate([(p.permute(0, 2, 3, 1) if last else p).numpy() for p in (o.as_subclass(torch.Tensor) for o in pieces)])
+    joined = torch.from_numpy(rows).permute(0, 3, 1, 2) if last else torch.from_numpy(rows)
+    return joined.as_subclass(type(pieces[0]))
+
 @dataclass
 class Loader:
     "Batches of `samples` on `device`, in order or shuffled; each pass over it is the next epoch"
@@ -200,53 +243,52 @@ class Loader:
         share=None,     # function (list) → the consecutive part of it that is read here, where several processes share each batch; None: all
     ):
         "Generate the batches of `epoch` without counting it as a pass"
-        order, ks = self.order(epoch), range(len(self))[start:][:limit]
-        own = {k: (share or list)(range(self.size(k))) for k in ks}
-        parts = [order[k*self.bs:(k+1)*self.bs][own[k]].tolist() for k in ks]
+        order, side = self.order(epoch), SideStream(self.device)
+        parts = [self._part(k, share) for k in range(len(self))[start:][:limit]]
         read = self._read_here if self.num_workers == 0 else self._read_by_processes if self.samples.draws_globally else self._read_by_threads
-        for k, fields in zip(ks, read(parts, epoch)): yield self.finish(fields, epoch, k, None if share is None else (own[k][0], self.size(k)))
+        for part, (fields, done) in zip(parts, read(parts, order, epoch)): yield fields if done else side.run(partial(self.finish, fields, epoch, part.k, part.rows))
+
+    def _part(self, k, share):
+        own = range(self.size(k)) if share is None else share(range(self.size(k)))
+        return _Part(k, self.bs*k + own[0], len(own), self.size(k), self.bs)
 
     def finish(self, fields, epoch=0, k=0,
         rows=None,      # (first, number): the fields are the rows from `first` on of a batch of so many; None: the whole batch
     ):
         "Batch `k` of `epoch`, from collated fields to what the model gets: to the device, augmented, floats"
         fields = tuple(self._to_device(o) for o in fields)
-        fields = apply_batch_tfms(self.batch_tfms, fields, stream(self.seed, 'batch', epoch, k), self.samples.train, **({} if rows is None else dict(rows=rows)))
+        fields = apply_batch_tfms(self.batch_tfms, fields, stream(self.seed, 'batch', epoch, k), self.samples.train, rows)
         return tuple(b.prepare(o) for b, o in zip(self.samples.blocks, fields))
 
     def _to_device(self, t):
         if self.device.type == 'cpu': return t
-        moved = (t.pin_memory() if self.device.type == 'cuda' else t).to(self.device, non_blocking=True)
-        return moved.as_subclass(type(t))
+        one = single_channel(t.as_subclass(torch.Tensor), 1) if isinstance(t, tv_tensors.Image) else t
+        moved = (one.pin_memory() if self.device.type == 'cuda' else one).to(self.device, non_blocking=True)
+        return moved.expand(t.shape).as_subclass(type(t))
 
-    def _read_here(self, parts, epoch):
-        for part in parts: yield self.samples.collate([self.samples.read(i, epoch) for i in part])
+    # Each way of reading generates for every part (collated fields, False), or (what `finish` makes of them, True)
 
-    def _read_by_threads(self, parts, epoch):
-        "A batch is read in small pieces by all threads; two batches are under way while one is used"
-        step = max(1, math.ceil(self.bs/(2*self.num_workers)))
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix='blocks-read')
-        read = lambda piece: [self.samples.read(i, epoch) for i in piece]
-        try:
-            waiting, parts = deque(), iter(parts)
-            def submit():
-                for part in parts:
-                    waiting.append([pool.submit(read, part[i:i+step]) for i in range(0, len(part), step)])
-                    break
-            submit(); submit()
-            while waiting:
-                batch = [s for piece in waiting.popleft() for s in piece.result()]
-                submit()
-                yield self.samples.collate(batch)
-        finally: pool.shutdown(wait=True, cancel_futures=True)            # also when the caller stops in the middle
+    def _read_here(self, parts, order, epoch):
+        for part in parts: yield self._collated(order[part.of], epoch), False
 
-    def _read_by_processes(self, parts, epoch):
-        keys = [[(i, epoch) for i in part] for part in parts]
-        loader = torch.utils.data.DataLoader(_Keyed(self.samples), batch_sampler=keys, num_workers=self.num_workers, collate_fn=_Collate(self.samples),
+    def _collated(self, indices, epoch): return self.samples.collate([self.samples.read(i, epoch) for i in indices.tolist()])
+
+    def _read_by_threads(self, parts, order, epoch):
+        "All threads work on a batch, in small pieces; on the CPU they also finish them, where no row depends on another"
+        whole = self.device.type != 'cpu' or not all(map(_by_row, self.batch_tfms)) or any(not b.by_row for b in self.samples.blocks)
+        step = max(1, math.ceil(self.bs/(4*self.num_workers)))
+        def read(piece): return [self.samples.read(i, epoch) for i in order[piece.of].tolist()]
+        def finished(piece): return self.finish(self._collated(order[piece.of], epoch), epoch, piece.k, piece.rows)
+        jobs = ([partial(read if whole else finished, piece) for piece in part.pieces(step)] for part in parts)
+        with reading_threads(self.num_workers) as pool:
+            for done in in_order(pool, jobs): yield (self.samples.collate([s for piece in done for s in piece]), False) if whole else (tuple(map(_joined, self.samples.blocks, zip(*done))), True)
+
+    def _read_by_processes(self, parts, order, epoch):
+        loader = torch.utils.data.DataLoader(_Keyed(self.samples), batch_sampler=_Keys(parts, order, epoch), num_workers=self.num_workers, collate_fn=_Collate(self.samples),
                                              generator=torch.Generator(), worker_init_fn=_one_thread)      # its own generator: the global one is not touched
         for batch in loader:
             if isinstance(batch, BlocksError): raise batch
-            yield tuple(o if b.kind is None else o.as_subclass(b.kind) for b, o in zip(self.samples.blocks, batch))
+            yield tuple(o if b.kind is None else o.as_subclass(b.kind) for b, o in zip(self.samples.blocks, batch)), False
 
     def one_batch(self):
         "The first batch of the next epoch; looking at it does not change what training will see"
@@ -306,7 +348,10 @@ def sample_labels(samples):
     k = next((k for k in reversed(range(samples.n_inp, len(samples.blocks))) if hasattr(samples.blocks[k], 'labels')), None)
     if k is None: raise DataError(f"labels are asked for, and the targets have none: {', '.join(type(b).__name__ for b in samples.blocks[samples.n_inp:]) or 'there is no target'}")
     block = samples.blocks[k]
-    return block, [[block.index(o) for o in block.labels(raw)] for raw in samples.fields[k]]
+    raws = samples.fields[k]
+    places = lambda raw: [block.index(o) for o in block.labels(raw)]
+    of = {raw: places(raw) for raw, _, _ in counted(raws)} if all(isinstance(raw, (str, int)) for raw, _, _ in counted(raws)) else None        # asked once for each different one
+    return block, [places(raw) if of is None else of[raw] for raw in raws]
 
 # %% ../../nbs/data/05_loader.ipynb #8ded4919
 def input_loader(
@@ -315,8 +360,8 @@ def input_loader(
     **kw,       # fields of `Loader`
 ):
     "A `Loader` of inputs only, read as for validation"
-    n, items = samples.n_inp, list(items)
-    raws = tuple(map(list, zip(*items))) if n > 1 and items else (items,)*n
+    n, items = samples.n_inp, pack(items)
+    raws = tuple(map(pack, zip(*items))) if n > 1 and len(items) else (items,)*n
     return Loader(samples.new(fields=raws, blocks=samples.blocks[:n], train=False), **kw)
 
 # %% ../../nbs/data/05_loader.ipynb #ed93b98f
@@ -328,6 +373,15 @@ class _Keyed(Dataset):
     def __getitems__(self, keys):
         try: return [self.samples.read(i, epoch) for i, epoch in keys]
         except BlocksError as e: return e
+
+@dataclass
+class _Keys:
+    "The keys of each batch, made when they are wanted"
+    parts: list
+    order: np.ndarray
+    epoch: int
+    def __len__(self): return len(self.parts)
+    def __iter__(self): return ([(i, self.epoch) for i in self.order[part.of].tolist()] for part in self.parts)
 
 @dataclass
 class _Collate:

@@ -73,7 +73,7 @@ class MaskBlock(Block):
     Raw values: path, bytes or Pillow image of mode L, P (the numbers, not the colours), 1, I or I;16, or an H × W array or tensor of whole numbers or bools; of the same size as the image."""
     codes: tuple = None          # names of the classes, in the order of their numbers; None reads all training masks and takes 0 to the largest
     ignore_index: int = None     # the number of pixels that have no class
-    answer = 'mask'
+    answer, by_row = 'mask', True
     kind = tv_tensors.Mask
 
     def __post_init__(self):
@@ -208,7 +208,7 @@ class PointBlock(Block):
 
     Raw values: a list of k pairs (x, y) in pixels, or one pair. A point that is not known is None or NaN; the loss leaves it out. Points that leave the picture keep their place, beyond ±1."""
     n_points: int = None     # points in each picture; None learns it from the training data
-    answer = 'points'
+    answer, by_row = 'points', True
     kind = Points
     in_source = True         # can be said in pixels of the source picture, where `SourceBlock` says how
 

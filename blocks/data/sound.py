@@ -135,6 +135,7 @@ class SpectrogramBlock(ImageBlock):
     mean: tuple = field(default=None, kw_only=True)    # mean of the values, in [0, 1], as a tuple of one: set by the batch transform `Normalize`
     std: tuple = field(default=None, kw_only=True)     # their standard deviation
     mode: ClassVar[str] = 'L'
+    draft: ClassVar[bool] = False
 
     def __post_init__(self):
         rate = _whole('sample_rate', self.sample_rate)

@@ -10,6 +10,8 @@ __all__ = ['EVENTS', 'CancelFitException', 'CancelEpochException', 'CancelTrainE
 
 # %% ../../nbs/train/32_callback.ipynb #da9c87d9
 import math, time
+import torch
+from torch import nn
 from ..core import TrainingError
 from .loss import check_loss
 from .metric import is_lower_better
@@ -34,6 +36,10 @@ class Callback:
         self = super().__new__(cls)
         self.made_with = args, kw                # so that a fit that is resumed can make it again
         return self
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in _PLANNED and self.learn is not None: self.learn.plan = None        # whom the loop calls is found out anew
 
     @property
     def name(self): return type(self).__name__.removesuffix('Callback')
@@ -72,6 +78,12 @@ class Callback:
 # %% ../../nbs/train/32_callback.ipynb #9aab0922
 EVENTS = tuple(k for k in vars(Callback) if k.startswith(('before_', 'after_')))
 
+_PLANNED = {'order', *EVENTS}    # attributes by which a callback says what it does, and when
+
+def _acts_at(cb, event):
+    "Has the callback something of its own for `event`, in its class or in itself? The loop calls no one else"
+    return getattr(getattr(cb, event), '__func__', None) is not vars(Callback)[event]
+
 # %% ../../nbs/train/32_callback.ipynb #87cb92f8
 def check_callback(
     cb,    # a `Callback`, or a class of them
@@ -97,40 +109,52 @@ class StopOnNonFinite(Callback):
     every = 20    # steps between two copies of the weights; on an accelerator also between two looks at the losses, which have to wait for it
 
     def before_fit(self):
-        self.good, self.since = None, 0
-        self.watched = [k for k, v in self.learn.model.state_dict().items() if _finite(v)]       # an attention mask may be infinite from the start
+        self.good, self.learned, self.since = {}, None, 0
+        self.watched = {k for k, v in self.learn.model.state_dict().items() if isinstance(v, torch.Tensor) and _finite(v)}       # an attention mask may be infinite from the start
     def before_train(self): self.losses = []
     def after_loss(self):
         if not self.learn.training: return
-        self.losses.append(self.learn.loss.detach().float().mean())
-        if self.learn.loss.device.type == 'cpu' or len(self.losses) >= self.every: self._look()
+        self.losses.append(_as_number(self.learn.loss))
+        if self.learn.loss.device.type == 'cpu' or len(self.losses) >= self.every or self._learning() != self.learned: self._look()
     def after_train(self):
         self._look()
         if not self._finite(): self._stop('the weights are not finite at the end of the training', self.learn.iter)
-    def after_fit(self): self.good = None
+    def after_fit(self): self.good = {}
 
     def _look(self):
-        import torch
         if not self.losses: return
         losses = torch.stack(self.losses).tolist()
         bad = next((i for i, o in enumerate(losses) if not math.isfinite(o)), None)
         if bad is not None: self._stop(f'the training loss is not finite ({losses[bad]})', self.learn.iter - len(losses) + 1 + bad)
         self.since, self.losses = self.since + len(losses), []
-        if self.good is None or self.since >= self.every: self._keep()
+        if self.since >= self.every or self._learning() != self.learned: self._keep()
+
+    def _learning(self):
+        "Which parameters learn now"
+        return [p.requires_grad for g in self.learn.opt.param_groups for p in g['params']]
+
+    def _weights(self):
+        "What a training step can change, by name: parameters that learn, and buffers"
+        state = self.learn.model.state_dict(keep_vars=True)
+        return {k: v.detach() for k, v in state.items() if k in self.watched and (v.requires_grad or not isinstance(v, nn.Parameter))}
 
     def _keep(self):
         "Copy the weights, which have just given a finite loss"
-        self.since, self.good = 0, {k: v.detach().clone() for k, v in self.learn.model.state_dict().items()}
+        now, self.since, self.learned = self._weights(), 0, self._learning()
+        self.good = {k: v for k, v in self.good.items() if k in now and v.shape == now[k].shape}
+        if self.good: torch._foreach_copy_([*self.good.values()], [now[k] for k in self.good])
+        self.good.update({k: v.clone() for k, v in now.items() if k not in self.good})
 
     def _finite(self):
-        state = self.learn.model.state_dict()
-        return all(_finite(state[k]) for k in self.watched)
+        weights = [v for v in self._weights().values() if v.is_floating_point()]
+        sums = [v.sum().to(weights[0].device, torch.float32) for v in weights]                       # many times as fast as a look at each number
+        return not sums or bool(torch.stack(sums).isfinite().all()) or all(map(_finite, weights))  # a sum may overflow
 
     def _stop(self, problem, step):
         l = self.learn
         kept = 'The model keeps its weights'
-        if not self._finite() and self.good is not None:
-            l.model.load_state_dict(self.good)
+        if self.good and not self._finite():
+            l.model.load_state_dict({**l.model.state_dict(), **self.good})
             kept = f'The model has the last good weights again, of at most {2*self.every} steps before, and the optimizer starts anew'
         rate = l.opt.param_groups[-1]['lr']
         if 'has' in kept: l.create_opt()
@@ -139,13 +163,17 @@ class StopOnNonFinite(Callback):
 
     def _items(self, step):
         "The items of the batch, and what is not finite in them; they are read again"
-        import torch
         l, epoch = self.learn, self.learn.passes - 1
         names = [str(o) for o in l.dls.train.names(epoch, step)]
         batch = next(l.dls.train.batches(epoch, 1, step))
         fields = [(f'input {k + 1}' if k < l.dls.n_inp else f'target {k + 1 - l.dls.n_inp}', x) for k, x in enumerate(batch) if x.is_floating_point()]
         found = [f'{kind} of {names[i]} is not finite' for kind, x in fields for i in (~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[:, 0].tolist()]
         return f"  The items of the batch: {_few(names)}" + (f"\n  {_few(found)}" if found else '')
+
+def _as_number(loss):
+    "A loss as one number in float32, without what computed it; nobody waits for it"
+    loss = loss.detach()
+    return loss if loss.ndim == 0 and loss.dtype == torch.float32 else loss.float().mean()
 
 def _finite(t): return not t.is_floating_point() or bool(t.isfinite().all())
 def _few(texts, n=8): return ', '.join(texts[:n]) + (f' and {len(texts) - n} more' if len(texts) > n else '')
@@ -264,13 +292,14 @@ class GradientAccumulation(Callback):
     """Make the step of the optimizer only when `n_acc` items have been seen, with the mean gradient over them: a batch of `n_acc` in the memory of a small one.
 
     Items are counted on over the end of an epoch, and what is left at the end of the fit is dropped. Layers that look at the whole batch (BatchNorm) see the small ones."""
-    order = -4
+    order, full = -4, None
     def __init__(self, n_acc=32): self.n_acc = n_acc
     def before_fit(self): self.count = 0
     def before_backward(self):
         l = self.learn
         self.full, l.loss = l.loss, l.loss*(l.n_items/self.n_acc)           # the recorder gets the loss as it was
-    def after_backward(self): self.learn.loss = self.full
+    def after_backward(self):
+        if self.full is not None: self.learn.loss, self.full = self.full, None
     after_cancel_backward = after_backward
     def before_step(self):
         self.count += self.learn.n_items

@@ -6,7 +6,7 @@
 __all__ = ['Evaluation']
 
 # %% ../../nbs/train/35g_evaluate.ipynb #47f24d88
-import inspect, threading
+import inspect, threading, warnings
 from datetime import datetime, timezone
 from copy import deepcopy
 from itertools import zip_longest
@@ -18,10 +18,10 @@ from ..data.loader import grid, show_samples
 from ..infer.predictor import Predictor
 from .calibrate import calibrate
 from .summary import model_summary
-from .tricks import in_32_bits
+from .tricks import in_32_bits, model_precision
 
 # %% ../../nbs/train/35g_evaluate.ipynb #667c72d1
-_PLACE = ('dl', 'run', 'training', 'n_epoch', 'epoch', 'iter', 'n_iter', 'n_items', 'batch', 'xb', 'yb', 'pred', 'loss')    # where a fit is
+_PLACE = ('dl', 'run', 'computing', 'training', 'n_epoch', 'epoch', 'iter', 'n_iter', 'n_items', 'batch', 'xb', 'yb', 'pred', 'loss')    # where a fit is
 
 class Evaluation:
     "Measuring, predicting, looking"
@@ -39,7 +39,9 @@ class Evaluation:
             self.n_epoch, self.epoch = 0, 0
             with self.added_cbs(cbs), self._bar_alone(): self._validate(self._loader(ds_idx, dl, split))
             if self.recorder.valid_loss is None: raise DataError('validate: the loader gives no batch, or no targets to compare with')
-            return self.recorder.validation()
+            scores = self.recorder.validation()
+            for m in self.recorder.metrics: m.reset()                    # some hold all outputs
+            return scores
 
     _one_at_a_time = threading.RLock()                                   # of all learners: a lock of each could not be pickled
 
@@ -65,11 +67,11 @@ class Evaluation:
         with self._aside(): return self._get_preds(self._loader(ds_idx, dl, split), with_input, with_decoded, with_loss, act)
 
     def _get_preds(self, dl, with_input, with_decoded, with_loss, act):
-        self.model.eval()
+        self._ready(False)
         got, n_inp = [], self._n_inp
         with self._bar_alone(), torch.no_grad():
             for i, batch in enumerate(dl):
-                pred = in_32_bits(self.model(*batch[:n_inp]))
+                pred = self._output(batch[:n_inp])
                 if not isinstance(pred, torch.Tensor): raise DataError(f'get_preds is for models that give one tensor, and this one gives a {type(pred).__name__}: call learn.model yourself')
                 loss = [self.losses(pred, *batch[n_inp:])] if with_loss and len(batch) > n_inp else []
                 got.append([o.cpu() for o in (*(batch[:n_inp] if with_input else ()), (act or self.activate)(pred), *batch[n_inp:], *loss)])
@@ -82,6 +84,21 @@ class Evaluation:
         targets = rest[0] if len(rest) == 1 else tuple(rest) or None
         decoded = [self.dls.targets[0].decide(preds)] if with_decoded else []
         return (*([inputs[0] if n_inp == 1 else tuple(inputs)] if with_input else []), preds, targets, *decoded, *loss)
+
+    def _measuring(self): return model_precision(self.device, 'fp32' if self.precision == 'auto' and self._in_32_bits is self.model else self.precision)
+
+    def _measured(self, xb):
+        "What the model makes of `xb` in evaluation, as float32. With 'auto', a model that cannot do with 16 bits is from then on measured in 32"
+        try:
+            with self.computing: return in_32_bits(self.run(*xb))
+        except Exception as e:
+            if self.precision != 'auto' or self.computing.dtype is None: raise
+            problem = f'{type(e).__name__}: {e}'
+        pred = in_32_bits(self.run(*xb))                                  # what is wrong in 32 bits as well is told as it is there
+        warnings.warn(f"the model cannot be evaluated in {str(self.computing.dtype).removeprefix('torch.')} ({problem}), and is in float32: with precision='fp32' that is so from the start", stacklevel=2)
+        self._in_32_bits = self.model
+        self.computing = self._measuring()
+        return pred
 
     def tta(self,
         ds_idx=1, dl=None,    # which items, as in `get_preds`
@@ -100,8 +117,10 @@ class Evaluation:
         return ((augmented, plain) if beta is None else torch.lerp(augmented, plain, beta)), targets
 
     def calibrate(self, split='valid'):
-        "Fit a temperature to the outputs on a held-back split, so that probabilities are as often right as they say, also after `export`; returns it. See `blocks.train.calibrate`"
-        return calibrate(self, split)
+        "Fit a temperature to the outputs on a held-back split, so that probabilities are as often right as they say, also after `export`; returns it. In float32, as exports are. See `blocks.train.calibrate`"
+        precision, self.precision = self.precision, 'fp32'
+        try: return calibrate(self, split)
+        finally: self.precision = precision
 
     def losses(self, pred, *targets):
         "(n,) the loss of each item: the mean over its entries, where it has several"

@@ -6,8 +6,9 @@
 __all__ = ['block_loss', 'Learner']
 
 # %% ../../nbs/train/36_learner.ipynb #76a6b95b
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from pathlib import Path
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from ..core import TrainingError, as_list
 from ..data.label import CategoryBlock
 from ..model.head import param_groups
 from .callback import (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-                                   CancelTrainException, CancelValidException, CheckLoss, StopOnNonFinite, TimeLimit, check_callback)
+                                   CancelTrainException, CancelValidException, CheckLoss, StopOnNonFinite, TimeLimit, _acts_at, check_callback)
 from .checkpoint import Saving, recipe
 from .distributed import this_world
 from .evaluate import Evaluation
@@ -26,7 +27,7 @@ from .recorder import ProgressCallback, Recorder
 from .schedule import flat_cos, one_cycle, sgdr, spread_lr
 from .scheduling import ParamScheduler, TorchScheduler
 from .strategy import FinetuneStrategy
-from .tricks import PRECISIONS, UnscaleGradients, in_32_bits, training_precision
+from .tricks import PRECISIONS, UnscaleGradients, in_32_bits, model_precision, training_precision
 
 # %% ../../nbs/train/36_learner.ipynb #aa4caf19
 class _Loop:
@@ -52,7 +53,7 @@ class _Loop:
         self._check_cbs()
         self._in_fit = True
         try: yield
-        finally: self._in_fit = False
+        finally: self._in_fit = False; self._let_go()
 
     def _epochs(self):
         start = self.recipe.checkpoint['place'] if self.recipe.here else dict(epoch=0, batch=0)
@@ -69,26 +70,32 @@ class _Loop:
     def _all_batches(self, dl, training):
         self.dl, self.training, self.n_iter = dl, training, len(dl)
         start = self._take_up() if training else 0
-        self._set_modes(training)
+        self._ready(training)
         if training: dl.epoch, self.passes = self.passes, self.passes + 1        # counted here: what another learner did with these loaders does not matter
-        self.run = self.world.wrap(self.model) if training else self.model
-        for self.iter, self.batch in enumerate(dl.next_pass(start, self.world.part if self.world.size > 1 else None), start): self._stage('batch', self._one_batch, CancelBatchException, before=False)
+        self._let_go(); self.iter = start - 1
+        for self.batch in dl.next_pass(start, self.world.part if self.world.size > 1 else None):
+            self.iter += 1
+            self._stage('batch', self._one_batch, CancelBatchException, before=False)
+            self._let_go()
 
     def _one_batch(self):
         self.xb, self.yb, self.loss, self.n_items = tuple(self.batch[:self._n_inp]), tuple(self.batch[self._n_inp:]), None, self.dl.size(self.iter)
         self('before_batch')
-        with self._computing(): pred = self.run(*self.xb)
-        self.pred = in_32_bits(pred)
+        self.pred = self._output(self.xb)
         if not self.training: self.pred, self.yb = self.world.gather((self.pred, self.yb), self.n_items)
         self('after_pred')
         if self.yb: self.loss = self.shared(self.loss_func(self.pred, *self.yb))
         self('after_loss')
         if not self.training: return
-        self._part('backward', lambda: self.scaler.scale(self.loss).backward(), CancelBackwardException)
+        self._part('backward', self._backward, CancelBackwardException)
         self._part('step', self._step, CancelStepException)
         self.opt.zero_grad()
 
+    def _backward(self): self.scaler.scale(self.loss).backward()
     def _step(self): self.scaler.step(self.opt); self.scaler.update()
+    def _let_go(self):
+        "Nothing of a batch lives on while the next one is read; of the loss the number stays"
+        self.batch, self.xb, self.yb, self.pred, self.loss = None, (), (), None, None if self.loss is None else self.loss.detach()
 
     def _stage(self, name, run, cancel, before=True, always=False):
         "before_<name>, run, after_<name>; the last one also after an error, if `always`"
@@ -114,7 +121,8 @@ class _Loop:
 
     def _tell_where(self, e):
         if hasattr(e, 'add_note') and self.iter is not None:
-            e.add_note(f"In fit: epoch {self.epoch} of {self.n_epoch}, {'training' if self.training else 'validation'} step {self.iter+1} of {self.n_iter}. "
+            step = min(self.iter + 1 + (self.batch is None), self.n_iter)          # between two batches: the next
+            e.add_note(f"In fit: epoch {self.epoch} of {self.n_epoch}, {'training' if self.training else 'validation'} step {step} of {self.n_iter}. "
                        "The model keeps what it has learned so far, and learn.recorder what was recorded.")
 
 # %% ../../nbs/train/36_learner.ipynb #e9f5ef08
@@ -168,10 +176,27 @@ class _Setup:
 
     def _to_device(self): self.model.to(self.device, memory_format=torch.channels_last)
 
-    @contextmanager
-    def _computing(self):
-        "The precision of this step; in training, what layers take from the batch is from that of all processes"
-        with training_precision(self.device, self.precision if self.training else 'fp32'), self.world.as_one(self.n_items) if self.training else nullcontext(): yield
+    def _called(self):
+        "The model as the loop calls it"
+        if not self.compile: return self.model
+        if self._compiled is None or self._compiled[0] is not self.model: self._compiled = self.model, torch.compile(self.model)
+        return self._compiled[1]
+
+    def _ready(self, training):
+        "What is the same for all batches of a pass: the modes, the model as it is called, its precision"
+        self.training = training
+        self._set_modes(training)
+        self.run = self.world.wrap(self._called()) if training else self._called()
+        if not training: self.computing = self._measuring()
+        elif self.compile: self.computing = model_precision(self.device, self.precision)               # a compiler has ways of its own for depthwise layers
+        else: self.computing = training_precision(self.device, self.precision, self.model)
+
+    def _output(self, xb):
+        "What the model makes of `xb`, in the precision of the learner, as float32"
+        if not self.training: return self._measured(xb)
+        if self.world.size == 1:
+            with self.computing: return in_32_bits(self.run(*xb))
+        with self.computing, self.world.as_one(self.n_items): return in_32_bits(self.run(*xb))       # what layers take from the batch is from that of all processes
 
     def shared(self, loss):
         "In training, the loss of this process's part of the batch as that of the whole batch, with gradients that add up; `loss` itself in one process"
@@ -276,13 +301,13 @@ class _Recipes:
             self.fit_one_cycle(epochs, lr_max, cbs=cbs, **kw)
 
     def to_fp16(self):
-        "Train in float16, with the loss scaled so that small gradients are not lost"
+        "Train and measure in float16, with the loss scaled so that small gradients are not lost"
         return self._in_precision('fp16')
     def to_bf16(self):
-        "Train in bfloat16"
+        "Train and measure in bfloat16"
         return self._in_precision('bf16')
     def to_fp32(self):
-        "Train in float32"
+        "Train and measure in float32"
         return self._in_precision('fp32')
     def _in_precision(self, precision): self.precision = precision; return self
 
@@ -321,8 +346,9 @@ class Learner(_Loop, _Setup, _Recipes, Evaluation, Saving):
         moms=(.95, .85, .95),      # momentum in one-cycle training: start, middle, end
         path=None,                 # where to save and export; None: `dls.path`
         model_dir='models',        # folder of saved weights, in `path`
-        precision='auto',          # of training steps: 'auto' (bf16 where the hardware has it), 'bf16', 'fp16' or 'fp32'
+        precision='auto',          # in which layers compute, in training, `validate`, `get_preds` and `tta`: 'auto' (bf16 where the hardware has it), 'bf16', 'fp16' or 'fp32'. Losses, probabilities and metrics, `predict` and exports are fp32
         splitter=param_groups,     # model → layer groups, as lists of parameters
+        compile=False,             # call the model through `torch.compile` in training, `validate` and `get_preds`. For accelerators: a CPU takes minutes for it, and trains no faster
     ):
         if precision not in PRECISIONS: raise TrainingError(f"precision={precision!r}: expected one of {', '.join(map(repr, PRECISIONS))}")
         self.dls, self.model, self.loss_func = dls, model, loss_func or block_loss(dls)
@@ -330,7 +356,8 @@ class Learner(_Loop, _Setup, _Recipes, Evaluation, Saving):
         self.path, self.model_dir, self.precision, self.train_bn, self.splitter = Path(path or getattr(dls, 'path', '.')), model_dir, precision, train_bn, splitter
         self.training, self.n_epoch, self.epoch, self.loss = False, 0, 0, None
         self.recorder, self.progress, self.frozen = Recorder(as_list(metrics)), ProgressCallback(), 0
-        self.cbs, self._in_fit, self.iter, self.passes, self.event, self.recipe, self.scaler = [], False, None, 0, None, None, None
+        self.compile, self._compiled, self._in_32_bits, self.batch = compile, None, None, None
+        self.cbs, self.plan, self._in_fit, self.iter, self.passes, self.event, self.recipe, self.scaler = [], None, False, None, 0, None, None, None
         self.world = this_world()
         self.world.check_same('data', (dls.train.n, dls.valid.n, [b.n_out for b in dls.targets]))
         self.world.broadcast(model)
@@ -338,6 +365,7 @@ class Learner(_Loop, _Setup, _Recipes, Evaluation, Saving):
         if getattr(dls, 'auto_bs', False): self.dls = dls.new(bs=int(self.world.exchange(torch.tensor(find_batch_size(self))).min())*self.world.size)
 
     def add_cbs(self, cbs):
+        self.plan = None
         for cb in map(check_callback, as_list(cbs)): cb.learn = self; self.cbs.append(cb); cb.after_create()
         return self
     def remove_cbs(self, cbs):
@@ -367,7 +395,14 @@ class Learner(_Loop, _Setup, _Recipes, Evaluation, Saving):
         if self.progress.screen is None: print(text)
         else: self.progress.screen.say(text)
     def __call__(self, event):
+        "Call the callbacks that have something for `event`, in their order"
         before, self.event = self.event, event
         try:
-            for cb in sorted(self.cbs, key=lambda cb: cb.order): getattr(cb, event)()
+            for cb in self._actors(event): getattr(cb, event)()
         finally: self.event = before
+    def _actors(self, event):
+        "Who acts at `event`: found out once, and anew when callbacks have come, gone or changed, also in the middle of a fit"
+        if self.plan is None or len(self.plan[0]) != len(self.cbs) or not all(map(is_, self.plan[0], self.cbs)): self.plan = list(self.cbs), {}
+        _, acting = self.plan
+        if event not in acting: acting[event] = [cb for cb in sorted(self.cbs, key=lambda cb: cb.order) if _acts_at(cb, event)]
+        return acting[event]

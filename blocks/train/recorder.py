@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from fastcore.foundation import L
 from ..core import TrainingError
-from .callback import Callback
+from .callback import Callback, _as_number
 from .metric import as_metric, is_lower_better, unique_names
 
 # %% ../../nbs/train/34_recorder.ipynb #b10014be
@@ -44,7 +44,7 @@ class Recorder(Callback):
     def after_batch(self):
         l = self.learn
         if l.loss is None: return
-        loss = l.loss.detach().float().mean()
+        loss = _as_number(l.loss)
         if l.training: self._pending.append(loss); self._items.append(l.n_items); self._note_rates(l.opt.param_groups)
         else:
             self._valid.append((loss, l.n_items))
