@@ -1,5 +1,6 @@
 # make demo        the main job on real images: train, look, export, predict
 # make test        everything that CI checks; its parts: check, lint, notebooks, readme-code, pytest
+# make bench       blocks beside its peers, in turn: more than an hour; ONLY=loader ROUNDS=5 for a part of it, QUICK=1 for a smoke run
 # make export      notebooks -> blocks/ and README.md
 # PYTHON=python3.12 names the Python that .venv is made with, 3.10 or newer
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test export readme check lint notebooks readme-code pytest
+.PHONY: demo test bench export readme check lint notebooks readme-code pytest
 
 demo: .venv/.demo
 	$(BIN)/blocks demo
@@ -16,6 +17,9 @@ demo: .venv/.demo
 # in this order, also with -j; pytest comes last, so that the last line says how many passed
 test: check lint notebooks readme-code pytest
 .NOTPARALLEL:
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/run.py $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS))
 
 export: .venv/.dev
 	$(BIN)/python tools/nb.py export
