@@ -12,6 +12,7 @@ from PIL import Image
 
 from blocks import CategoryBlock, DataBlock, DataError, Frame, ImageBlock, RandomResizedCrop, RandomSplitter, Resize
 from blocks.core import stream
+from blocks.data import cache
 from blocks.data.cache import kept_size, picture_caches, read_kept, snapped
 from blocks.data.frame import CropPad, FrameDraw, RandomCrop
 from blocks.data.loader import Loader, Samples
@@ -99,18 +100,23 @@ def test_what_is_changed_in_what_is_read_leaves_the_cache_behind(files):
 def test_a_limit_that_is_none_is_an_error(gb):
     with pytest.raises(DataError, match='cache_gb'): picture_caches(gb, [3])
 
+def test_more_memory_than_there_is_is_an_error(monkeypatch):
+    def refuse(*args): raise OSError(12, 'Cannot allocate memory')
+    monkeypatch.setattr(cache.mmap, 'mmap', refuse)
+    with pytest.raises(DataError, match='cache_gb=9.*choose less'): picture_caches(9, [3])
+
 def test_a_mask_follows_its_picture():
     "A bright square, the same in picture and mask: every view shows them at the same place"
     a = np.zeros((300, 400, 3), np.uint8); a[100:180, 150:260] = 255
     f = io.BytesIO(); Image.fromarray(a).save(f, 'PNG')
     mask = Image.fromarray((a[..., 0] > 0).astype(np.uint8))
     geometry = (RandomResizedCrop(64, min_scale=.5),)
-    cache, image, seg = picture_caches(.1, [1])[0], ImageBlock(), MaskBlock(codes=('no', 'yes'))
+    kept, image, seg = picture_caches(.1, [1])[0], ImageBlock(), MaskBlock(codes=('no', 'yes'))
     for epoch in range(12):
         frame = FrameDraw(geometry, lambda: stream(epoch))
-        x, y = read_kept(cache, 0, image, f.getvalue(), frame), seg.read(mask, frame)
+        x, y = read_kept(kept, 0, image, f.getvalue(), frame), seg.read(mask, frame)
         assert ((x[0].float() > 127) == (y > 0)).float().mean() > .985, epoch
-    assert cache.get(0)[1].shape[:2] < (300, 400)
+    assert kept.get(0)[1].shape[:2] < (300, 400)
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32), st.sampled_from(['Resize', 'RandomResizedCrop', 'pad', 'RandomCrop']))

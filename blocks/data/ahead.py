@@ -28,7 +28,7 @@ def reading_threads(
         ready.wait()
         torch.set_num_threads(before)
         yield pool
-    finally: pool.shutdown(wait=True, cancel_futures=True)               # also when the caller stops in the middle
+    finally: ready.abort(); pool.shutdown(wait=True, cancel_futures=True)               # also when the caller stops in the middle, or before all threads are there
 
 # %% ../../nbs/data/04d_ahead.ipynb #f28201c0
 def in_order(

@@ -96,7 +96,8 @@ def picture_caches(
 ):
     "A `PictureCache` for each of `counts`, with one limit; raises `DataError` for a limit that is none"
     if isinstance(gb, bool) or not isinstance(gb, (int, float)) or not 0 < gb < 2**20: raise DataError(f'cache_gb={gb!r}: expected the memory that pictures may take, in GB, such as 4; None for no cache')
-    memory = Memory(int(gb*1e9))
+    try: memory = Memory(int(gb*1e9))
+    except OSError as e: raise DataError(f'cache_gb={gb!r}: the system does not give so much memory ({e}); choose less') from None
     return [PictureCache(memory, n) for n in counts]
 
 # %% ../../nbs/data/04c_cache.ipynb #325db58f
