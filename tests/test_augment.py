@@ -450,7 +450,7 @@ def test_rows_that_do_not_fit(rows):
 
 # ---- grey batches: the channels are one in memory --------------------------------------------------------------
 @pytest.mark.parametrize('tfms', [aug_transforms(), aug_transforms(size=14, flip_vert=True), [Flip(p=.5)], [Brightness()], [Saturation(p=1.), Hue(p=1.), Contrast()], [RandomErasing(p=1.)], [Flip(), RandomErasing(p=1.)],
-                                  [RandAugment()], [v2.GaussianNoise()], [lambda x: x.mul_(.5)], [Rotate(20, p=1.), lambda x: x.mul_(.5)]], ids=str)
+                                  [RandAugment()], [v2.GaussianNoise()], [lambda x: x.mul_(.5)], [Rotate(20, p=1.), lambda x: x.mul_(.5)]], ids=lambda t: '+'.join(type(o).__name__ for o in t))
 @pytest.mark.parametrize('train', [True, False])
 def test_a_grey_batch_gets_what_its_three_channels_would_get(tfms, train):
     one = noise(7, c=1)
