@@ -65,3 +65,10 @@ def test_the_model_waits_for_the_side_stream_and_keeps_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: main)
     out = SideStream(torch.device('cuda')).run(lambda: (log.append('work'), (torch.zeros(1).as_subclass(Batch),))[1])
     assert len(out) == 1 and log == ['enter side', 'work', 'leave side', 'main waits for side', 'batch kept for main']
+
+def test_passes_that_end_at_once_leave_no_thread_behind():
+    "Hundreds of short passes: a thread that comes late still ends"
+    for n in range(300):
+        with reading_threads(1 + n % 4) as pool:
+            if n % 2: assert list(in_order(pool, [[lambda: n]]*2)) == [[n]]*2
+    assert not [t for t in threading.enumerate() if t.name.startswith('blocks-read')]

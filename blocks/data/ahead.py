@@ -26,9 +26,10 @@ def reading_threads(
     try:
         for _ in range(n): pool.submit(int)                              # a thread is started for each, since none is free before all are ready
         ready.wait()
-        torch.set_num_threads(before)
-        yield pool
-    finally: ready.abort(); pool.shutdown(wait=True, cancel_futures=True)               # also when the caller stops in the middle, or before all threads are there
+    except BaseException: ready.abort(); pool.shutdown(wait=False); raise      # an interrupt: nobody waits for threads that will not come
+    torch.set_num_threads(before)
+    try: yield pool
+    finally: pool.shutdown(wait=True, cancel_futures=True)               # also when the caller stops in the middle
 
 # %% ../../nbs/data/04d_ahead.ipynb #f28201c0
 def in_order(
