@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -7,18 +9,22 @@ import torch
 from blocks.data.ahead import SideStream, in_order, reading_threads
 
 
-def test_reading_threads_compute_alone_and_leave_the_others_as_they_were():
-    before = torch.get_num_threads()
+THREE = """if True:
+    import threading, torch
+    from blocks.data.ahead import reading_threads
     torch.set_num_threads(3)
-    try:
-        with reading_threads(4) as pool:
-            assert set(pool.map(lambda _: torch.get_num_threads(), range(40))) == {1}
-            assert torch.get_num_threads() == 3
-            seen = []
-            other = threading.Thread(target=lambda: seen.append(torch.get_num_threads())); other.start(); other.join()
-            assert seen == [3]
+    with reading_threads(4) as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(40))) == {1}
         assert torch.get_num_threads() == 3
-    finally: torch.set_num_threads(before)
+        seen = []
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads())); other.start(); other.join()
+        assert seen == [3]
+    assert torch.get_num_threads() == 3
+"""
+
+def test_reading_threads_compute_alone_and_leave_the_others_as_they_were():
+    "In a process of its own, since the number of threads belongs to the whole of it"
+    subprocess.run([sys.executable, '-c', THREE], check=True)
 
 def test_all_threads_of_the_pool_are_there_from_the_start():
     with reading_threads(3) as pool:

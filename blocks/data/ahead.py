@@ -20,14 +20,14 @@ def reading_threads(
     "A pool of `n` threads, in each of which PyTorch computes with one thread; at the end, work that has not begun is dropped"
     before, ready = torch.get_num_threads(), Barrier(n + 1)
     def begin():
-        torch.get_num_threads()                                          # a thread takes over the common number when it first asks, so it asks now
-        torch.set_num_threads(1); ready.wait()
+        if torch.get_num_threads() > 1: torch.set_num_threads(1)         # a thread takes over the common number when it first asks
+        ready.wait()
     pool = ThreadPoolExecutor(n, thread_name_prefix='blocks-read', initializer=begin)
     try:
         for _ in range(n): pool.submit(int)                              # a thread is started for each, since none is free before all are ready
         ready.wait()
     except BaseException: ready.abort(); pool.shutdown(wait=False); raise      # an interrupt: nobody waits for threads that will not come
-    torch.set_num_threads(before)
+    if before > 1: torch.set_num_threads(before)
     try: yield pool
     finally: pool.shutdown(wait=True, cancel_futures=True)               # also when the caller stops in the middle
 
