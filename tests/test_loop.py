@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from blocks import Callback, CancelBatchException, CancelBackwardException, CancelTrainException, Learner, accuracy
-from blocks.train import callback as callbacks, tricks
+from blocks.train import callback as callbacks, conv, tricks
 from blocks.train.callback import EVENTS, GradientAccumulation, StopOnNonFinite
 from blocks.train.metric import as_metric
 
@@ -77,15 +77,17 @@ def test_the_order_is_found_once_for_a_fit(learn, monkeypatch):
     assert len(looked) == len(set(looked))*len(learn.cbs)                 # for each event each callback once, and not in each batch
 
 # --- contexts
-def test_the_mode_for_depthwise_layers_is_for_training_of_models_that_have_some(learn, monkeypatch):
-    entered = []
-    monkeypatch.setattr(tricks._DepthwiseMode, '__torch_function__', lambda self, func, types, args=(), kwargs=None: entered.append(func) or func(*args, **(kwargs or {})))
-    learn.to_bf16().fit(1); learn.get_preds()
-    assert not entered
-    learn.model[2] = nn.Conv2d(8, 8, 3, groups=8); learn.get_preds(); learn.validate()
-    assert not entered
-    learn.fit(1)
+def test_convolutions_take_their_fast_ways_in_16_bits_unless_the_model_is_compiled(learn, monkeypatch):
+    entered, real = [], conv.short_convs.__enter__
+    monkeypatch.setattr(conv.short_convs, '__enter__', lambda self: entered.append(1) or real(self))
+    learn.fit(1); learn.get_preds()
+    assert not entered                                                    # 32 bits
+    learn.to_bf16().get_preds()
     assert entered
+    entered.clear(); learn.compile = True
+    learn._called = lambda: learn.model
+    learn.get_preds(); learn.fit(1)
+    assert not entered
 
 def test_the_precision_is_looked_up_for_a_pass_and_not_for_a_batch(learn, monkeypatch):
     asked = []

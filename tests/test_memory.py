@@ -82,9 +82,9 @@ def test_other_architectures(dls, arch):
 
 @pytest.mark.parametrize('arch', ['test_efficientnet', pytest.param('mobilenet_v2', marks=pytest.mark.slow)])
 def test_depthwise_convolutions_in_16_bits(dls, arch, monkeypatch):
-    from blocks.train import tricks
-    passes, real = [], tricks._Depthwise.forward
-    monkeypatch.setattr(tricks._Depthwise, 'forward', staticmethod(lambda *args: passes.append(1) or real(*args)))
+    from blocks.train import conv
+    passes, real = [], conv._Depthwise.forward
+    monkeypatch.setattr(conv._Depthwise, 'forward', staticmethod(lambda *args: passes.append(1) or real(*args)))
     dls = few(dls, 12, size=32, bs=6)
     trained(dls, model_of(arch), precision='bf16')
     once, passes[:] = len(passes), []

@@ -85,7 +85,7 @@ class Evaluation:
         decoded = [self.dls.targets[0].decide(preds)] if with_decoded else []
         return (*([inputs[0] if n_inp == 1 else tuple(inputs)] if with_input else []), preds, targets, *decoded, *loss)
 
-    def _measuring(self): return model_precision(self.device, 'fp32' if self.precision == 'auto' and self._in_32_bits is self.model else self.precision)
+    def _measuring(self): return model_precision(self.device, 'fp32' if self.precision == 'auto' and self._in_32_bits is self.model else self.precision, self.compile)
 
     def _measured(self, xb):
         "What the model makes of `xb` in evaluation, as float32. With 'auto', a model that cannot do with 16 bits is from then on measured in 32"

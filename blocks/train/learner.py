@@ -27,7 +27,7 @@ from .recorder import ProgressCallback, Recorder
 from .schedule import flat_cos, one_cycle, sgdr, spread_lr
 from .scheduling import ParamScheduler, TorchScheduler
 from .strategy import FinetuneStrategy
-from .tricks import PRECISIONS, UnscaleGradients, in_32_bits, model_precision, training_precision
+from .tricks import PRECISIONS, UnscaleGradients, in_32_bits, model_precision
 
 # %% ../../nbs/train/36_learner.ipynb #aa4caf19
 class _Loop:
@@ -187,9 +187,7 @@ class _Setup:
         self.training = training
         self._set_modes(training)
         self.run = self.world.wrap(self._called()) if training else self._called()
-        if not training: self.computing = self._measuring()
-        elif self.compile: self.computing = model_precision(self.device, self.precision)               # a compiler has ways of its own for depthwise layers
-        else: self.computing = training_precision(self.device, self.precision, self.model)
+        self.computing = model_precision(self.device, self.precision, self.compile) if training else self._measuring()
 
     def _output(self, xb):
         "What the model makes of `xb`, in the precision of the learner, as float32"

@@ -18,7 +18,7 @@ from ..core import TrainingError
 from ..model.detect import Detector
 from .callback import Callback
 from .lr_find import unchanged
-from .tricks import training_precision
+from .tricks import model_precision
 
 # %% ../../nbs/train/35d_memory.ipynb #cba4194e
 class _Kept:
@@ -185,7 +185,7 @@ def _batch_loss(learn, n):
     "The loss of the first `n` training items, as a training step computes it"
     batch, n_inp = learn.dls.train.new(bs=n, shuffle=False, sampler=None, drop_last=False, num_workers=0).one_batch(), learn.dls.n_inp
     inputs = batch if isinstance(learn.model, Detector) else batch[:n_inp]                # a detector's losses are computed in the model
-    with training_precision(learn.device, learn.precision): pred = learn.model(*inputs)
+    with model_precision(learn.device, learn.precision): pred = learn.model(*inputs)
     return learn.loss_func(pred.float() if isinstance(pred, torch.Tensor) else pred, *batch[n_inp:])
 
 def _kept_bytes(learn, n):

@@ -18,7 +18,7 @@ from torchvision.ops import stochastic_depth
 from blocks.core import TrainingError
 from blocks.data.place import Boxes
 from blocks.train.distributed import World, this_world
-from blocks.train.tricks import training_precision
+from blocks.train.tricks import model_precision
 
 dist.init_process_group('gloo', timeout=timedelta(seconds=40))      # the user's own group; this_world() has to take it
 world, alone, checks = this_world(), World(), {}
@@ -196,7 +196,7 @@ def sixteen_bits_and_depthwise_convolutions():
         net, x = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)), w.part(noise(6, 3, 12, 12))
         run = w.wrap(net)
         for order in (0, 1):
-            contexts = [training_precision(torch.device('cpu'), 'bf16'), w.as_one(6)]
+            contexts = [model_precision(torch.device('cpu'), 'bf16'), w.as_one(6)]
             with contexts[order], contexts[1-order]: out = run(x)
             assert out.dtype == torch.bfloat16
             w.loss(out.float().square().mul(torch.linspace(0, 1, 100).reshape(10, 10)[:8, :8]).mean(), len(x), 6).backward()
