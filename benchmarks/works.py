@@ -42,21 +42,21 @@ class Work:
 
 def faster(metric, arm='blocks', **peers): return tuple(Goal(metric, 'faster', target, peer, arm) for peer, target in peers.items())
 
-LOADER = dict(kind='loader', rounds=5, arms=('blocks', 'blocks_strict', 'blocks_cached', 'fastai', 'hand', 'timm'), once=('lightning',), shows=('img_s', 'peak_mb'))
+LOADER = dict(kind='loader', rounds=3, arms=('blocks', 'blocks_strict', 'blocks_cached', 'fastai', 'hand', 'timm'), once=('lightning',), shows=('img_s', 'peak_mb'))
 CELLS = dict(set='png', presize=160, size=128, bs=64)
 
 def loader(title, spec, quick, fastai, hand):
     return Work(title, spec=spec, quick=quick, goals=faster('img_s', fastai=fastai, hand=hand) + faster('img_s', 'blocks_cached', fastai=5, hand=3), **LOADER)
 
-def fine_tune(title, arch, fastai, hand, **more):
+def fine_tune(title, arch, fastai, hand, once=('blocks_strict', 'lightning', 'timm'), **more):
     goals = (*faster('seconds', fastai=fastai, hand=hand), Goal('accuracy', 'as_good', 0, 'fastai'), Goal('accuracy', 'as_good', 0, 'hand'), Goal('peak_mb', 'share', .7, 'fastai'), Goal('peak_mb', 'share', 1, 'hand'))
-    return Work(title, 'fine_tune', dict(**CELLS, arch=arch, **more), dict(limit=96, bs=16, presize=80, size=64), once=('blocks_strict', 'lightning', 'timm'), shows=('seconds', 'peak_mb', 'valid_loss', 'accuracy'), goals=goals)
+    return Work(title, 'fine_tune', dict(**CELLS, arch=arch, **more), dict(limit=96, bs=16, presize=80, size=64), once=once, shows=('seconds', 'peak_mb', 'valid_loss', 'accuracy'), goals=goals)
 
 WORKS = dict(
     loader_png=loader('Loader: grey PNG of 300 px as RGB, to 160, augmented to 128', dict(**CELLS, limit=1400, epochs=2), dict(limit=176, epochs=1), 2.5, 1.4),
     loader_jpeg=loader('Loader: JPEG of 500 × 375, random crop to 224, flip, normalise', dict(set='jpeg', size=224, bs=64, epochs=2, repeat=2), dict(limit=176, epochs=1, repeat=1), 2.5, 1.2),
     loader_12mp=loader('Loader: JPEG of 12 megapixels, random crop to 224, flip, normalise', dict(set='12mp', size=224, bs=6, epochs=2, repeat=2), dict(epochs=1, repeat=1), 3.5, 3),
-    fine_tune_resnet18=fine_tune('fine_tune(2), ResNet-18, 128 px, 2,624 solar cells', 'resnet18', 2.5, 2.3),
+    fine_tune_resnet18=fine_tune('fine_tune(2), ResNet-18, 128 px, 2,624 solar cells', 'resnet18', 2.5, 2.3, once=()),
     fine_tune_resnet50=fine_tune('fine_tune(2), ResNet-50, 128 px, 336 of the solar cells', 'resnet50', 2.5, 2.3, limit=336),
     fine_tune_lite0=fine_tune('fine_tune(2), EfficientNet-Lite0 with ImageNet weights, 128 px, 1,312 of the solar cells', 'tf_efficientnet_lite0', 1.8, 1.6, limit=1312),
     predict=Work('predict: one PNG of 300 px, ResNet-18, 128 px', 'predict', dict(**CELLS, arch='resnet18', n=300), dict(n=20), 5, shows=('ms', 'p99_ms', 'over_ms'),
