@@ -146,6 +146,28 @@ def _overhead(spec):
         ms.append((fit - bare)/len(ready)*1000)
     return statistics.median(ms)
 
+def limits(spec):
+    "Parts of the work by themselves, which bound the whole: decoding in one thread for each core with nothing else, and the model on ready tensors"
+    import os, statistics
+    import simplejpeg, torch
+    from PIL import Image
+    from blocks.data.ahead import reading_threads
+    from blocks.train.tricks import model_precision
+    def png(file):
+        with Image.open(file) as im: im.load()
+    def jpeg(file): simplejpeg.decode_jpeg(Path(file).read_bytes())
+    def decoded(set, f):
+        files = read_set({**spec, 'set': set, 'limit': 450})[0]
+        with reading_threads(os.cpu_count()) as pool: return len(files)/min(timed(lambda: list(pool.map(f, files)))[0] for _ in range(3))
+    dls = whole(spec)
+    learn = learner(dls, spec)
+    x, = dls.one_batch()[:1]
+    model = learn.model.eval().to(memory_format=torch.channels_last)
+    def forward(x, precision):
+        with torch.inference_mode(), model_precision(learn.device, precision): model(x)
+    ms = lambda x, precision: statistics.median(calls(lambda: forward(x, precision), n=15)[0])
+    return dict(png_s=decoded('png', png), jpeg_s=decoded('jpeg', jpeg), forward_s=len(x)*1000/ms(x, 'auto'), forward_fp32_s=len(x)*1000/ms(x, 'fp32'), single_ms=ms(x[:1], 'fp32'))
+
 def million(spec):
     "Listing, labels and split of a million files; where links are slow to make, of the hundred thousand ten times over"
     from blocks import CategoryBlock, DataBlock, ImageBlock, RandomSplitter, get_image_files, parent_label
@@ -160,4 +182,4 @@ def million(spec):
     gc.collect()
     return dict(seconds=seconds, n=len(dsets), bytes_item=None if before is None else (resident() - before)/len(dsets), files='a million files in ten folders' if real else f'a hundred thousand files, listed as if there were {times} times as many')
 
-if __name__ == '__main__': main(dict(loader=load, fine_tune=fine_tune, predict=predict, get_preds=get_preds, build=build, imports=imports, loop=loop, million=million))
+if __name__ == '__main__': main(dict(loader=load, fine_tune=fine_tune, predict=predict, get_preds=get_preds, build=build, imports=imports, loop=loop, million=million, limits=limits))

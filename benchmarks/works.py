@@ -9,7 +9,8 @@ class Metric:
 
 METRICS = dict(img_s=Metric('images/s', True), seconds=Metric('s', digits=2), ms=Metric('ms, median', digits=2), p99_ms=Metric('ms, p99', digits=2), over_ms=Metric('ms over decode + forward', digits=2),
                peak_mb=Metric('MB at the peak', digits=0), valid_loss=Metric('validation loss', digits=3), accuracy=Metric('accuracy', True, 3), share=Metric('share of the bare step', True, 3),
-               overhead_ms=Metric('ms added to a batch', digits=3), bytes_item=Metric('bytes an item', digits=0), p99_over_median=Metric('p99 / median', digits=2))
+               overhead_ms=Metric('ms added to a batch', digits=3), bytes_item=Metric('bytes an item', digits=0), p99_over_median=Metric('p99 / median', digits=2), png_s=Metric('PNG decoded/s', True, 0), jpeg_s=Metric('JPEG decoded/s', True, 0), forward_s=Metric('images/s through ResNet-18', True, 0),
+               forward_fp32_s=Metric('the same in 32 bits', True, 0), single_ms=Metric('ms, one image in 32 bits', digits=1))
 
 @dataclass(frozen=True)
 class Goal:
@@ -67,7 +68,8 @@ WORKS = dict(
     loop=Work('The loop: fit with a loader against the bare step on ready tensors, ResNet-18', 'loop', dict(**CELLS, arch='resnet18', limit=700, n=3), dict(limit=96, bs=16, n=1), 2, arms=('blocks',), shows=('share', 'overhead_ms'),
               goals=(Goal('share', 'least', .9), Goal('overhead_ms', 'most', 1))),
     million=Work('A million items: listing, labels and split', 'million', dict(n=1_000_000), dict(n=200_000), 1, arms=('blocks',), shows=('seconds', 'bytes_item', 'peak_mb'), full_only=True,
-                 goals=(Goal('seconds', 'most', 60), Goal('bytes_item', 'most', 200))))
+                 goals=(Goal('seconds', 'most', 60), Goal('bytes_item', 'most', 200))),
+    limits=Work('What bounds them: decoding alone, one thread a core, and the model alone', 'limits', dict(**CELLS, arch='resnet18'), dict(limit=128), arms=('blocks',), shows=('png_s', 'jpeg_s', 'forward_s', 'forward_fp32_s', 'single_ms')))
 
 def chosen(only, quick):
     "The works that `only` names, as whole names or their beginnings separated by commas; all of them without it"
