@@ -100,7 +100,7 @@ HOW = """Each figure comes from a process of its own (`benchmarks/arm_*.py`), wh
 that gets slower or faster does so for all. All files were read once before the first round, and the first pass of a loader is not counted. A number is the median over the rounds;
 what is compared is taken within each round, blocks against the peer next to it, and the brackets hold 95 % of a bootstrap over the rounds. Losses and accuracies are means over the seeds, which are the rounds:
 “not lower” is met unless even the upper end of the interval of the difference is below 0. Arms with one round are for orientation.
-The peak of memory is that of a process with its children (proportional set size, four times a second), from its start, libraries included.
+The peak of memory is that of a process with its children (proportional set size, once a second), from its start, libraries included.
 
 The same for all arms: files, split, first weights of body and head, sizes, batch. ResNets start from random weights, made once, whose normalisation has seen 256 of the training pictures; they stand for
 pretrained ones, since nothing is downloaded, and every arm treats them so by its defaults. Each library keeps its own defaults: blocks computes in bfloat16 where the hardware has it, reads a JPEG at a fraction of its size where that is enough, and uses threads;

@@ -90,7 +90,7 @@ def held(pid):
     except (OSError, IndexError): return 0
 
 class Peak:
-    "The largest sum over a process and its children while it runs, looked at four times a second; None where there is no /proc"
+    "The largest sum over a process and its children while it runs, looked at once a second; None where there is no /proc"
     def __init__(self, pid): self.pid, self.bytes, self.done = pid, 0, threading.Event()
     def __enter__(self):
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -98,7 +98,7 @@ class Peak:
         return self
     def __exit__(self, *_): self.done.set(); self.thread.join()
     def _watch(self):
-        while not self.done.wait(.25): self.bytes = max(self.bytes, sum(map(held, family(self.pid))))
+        while not self.done.wait(1): self.bytes = max(self.bytes, sum(map(held, family(self.pid))))
     @property
     def mb(self): return self.bytes/1e6 or None
 
