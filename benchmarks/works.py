@@ -59,7 +59,7 @@ WORKS = dict(
     loader_12mp=loader('Loader: JPEG of 12 megapixels, random crop to 224, flip, normalise', dict(set='12mp', size=224, bs=6, epochs=2, repeat=2), dict(epochs=1, repeat=1), 3.5, 3),
     fine_tune_resnet18=fine_tune('fine_tune(2), ResNet-18, 128 px, 2,624 solar cells', 'resnet18', 2.5, 2.3, once=()),
     fine_tune_resnet50=fine_tune('fine_tune(2), ResNet-50, 128 px, 336 of the solar cells', 'resnet50', 2.5, 2.3, limit=336),
-    fine_tune_lite0=fine_tune('fine_tune(2), EfficientNet-Lite0 with ImageNet weights, 128 px, 1,312 of the solar cells', 'tf_efficientnet_lite0', 1.8, 1.6, limit=1312),
+    fine_tune_lite0=fine_tune('fine_tune(2), EfficientNet-Lite0 with ImageNet weights, 128 px, 1,312 of the solar cells', 'tf_efficientnet_lite0', 1.8, 1.6, limit=1312, once=()),
     predict=Work('predict: one PNG of 300 px, ResNet-18, 128 px', 'predict', dict(**CELLS, arch='resnet18', n=300), dict(n=20), 5, shows=('ms', 'p99_ms', 'over_ms'),
                  goals=(*faster('ms', fastai=5), Goal('over_ms', 'most', 1), Goal('p99_over_median', 'most', 2))),
     get_preds=Work('get_preds: 2,624 files, ResNet-18, 128 px', 'get_preds', dict(**CELLS, arch='resnet18'), dict(limit=128), once=('blocks_strict', 'lightning', 'timm'), shows=('img_s', 'peak_mb'), goals=faster('img_s', fastai=3, hand=1.5)),

@@ -62,9 +62,9 @@ def test_the_way_depends_on_the_shape(taken):
     assert [way(three, n) for n in (4, 6, 8, 9)] == [('_Product', True), ('_Product', True), ('_Product', False), None]
     assert [way(strided, n) for n in (8, 16, 18)] == [('_Product', True), ('_Product', False), None]
     assert [way(one, n) for n in (1, 16, 17)] == [('_Product', True), ('_Product', True), None]
-    with torch.no_grad(): assert [way(three, n) for n in (4, 8)] == [('_Product', True), None]        # without a gradient only what is faster by itself
+    with torch.no_grad(): assert way(three, 4) is None
     three.requires_grad_(False)
-    assert way(three, 8) is None and way(three, 4) == ('_Product', True)
+    assert way(three, 4) is None
     assert way(nn.Conv2d(16, 16, 3, groups=16), 8) == '_Depthwise' and way(nn.Conv2d(16, 8, 3, groups=8), 4) is None and way(nn.Conv2d(16, 8, 3, dilation=2), 6) is None
     assert way(nn.Conv2d(16, 8, 3), 3, batch=0) == ('_Product', True)                    # an empty batch is one too
 

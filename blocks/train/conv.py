@@ -115,10 +115,10 @@ class short_convs(TorchFunctionMode):
 
     def _way(self, x, weight, stride, padding, dilation, groups):
         "A function of the input and the filters in 16 bits, or None for PyTorch's own way"
-        learns = torch.is_grad_enabled() and weight.requires_grad
-        if groups == x.shape[1] == len(weight) > 1: return (lambda x, weight: _Depthwise.apply(x, weight, stride, padding, dilation)) if learns else None
+        if not (torch.is_grad_enabled() and weight.requires_grad): return None
+        if groups == x.shape[1] == len(weight) > 1: return lambda x, weight: _Depthwise.apply(x, weight, stride, padding, dilation)
         if groups > 1 or max(dilation) > 1 or not self.tiles: return None
         shape = _out_shape(x, weight, stride, padding)
         pixels = max(0, shape[0])*max(0, shape[1])
         whole = 0 < pixels <= (FLAT if weight.shape[2]*weight.shape[3] == 1 else TINY)
-        return (lambda x, weight: _Product.apply(x, weight, stride, padding, shape, whole)) if whole or (learns and 0 < pixels <= SMALL) else None
+        return (lambda x, weight: _Product.apply(x, weight, stride, padding, shape, whole)) if whole or 0 < pixels <= SMALL else None
