@@ -391,6 +391,13 @@ def test_rows_of_a_batch_get_what_the_whole_batch_gets(tfms, layout):
         wrong = torch.cat([plain(apply(tfms, x[a:b].as_subclass(tv_tensors.Image))) for a, b in ((0, 5), (5, 9))])
         assert (wrong - whole).abs().max() > 1e-3                                               # without rows, the second part is another
 
+def test_parts_that_share_their_draws_draw_once_and_get_what_the_whole_batch_gets():
+    x, tfms, asked = noise(9), aug_transforms(mult=2, flip_vert=True, size=(16, 20)), []
+    draws = A.BatchDraws(lambda: asked.append(1) or stream(0, 'batch'))
+    parts = [plain(apply_batch_tfms(tfms, (x[a:b].as_subclass(tv_tensors.Image),), draws, rows=(a, 9))[0]) for a, b in ((5, 9), (0, 2), (2, 5))]
+    whole, = apply_batch_tfms(tfms, (x,), stream(0, 'batch'))
+    assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), plain(whole)) and asked == [1]
+
 def test_rows_hold_for_all_fields():
     x, mask = noise(6), tv_tensors.Mask(torch.arange(6*21*17).reshape(6, 21, 17) % 7)
     points = (torch.rand(6, 4, 2, generator=torch.Generator().manual_seed(0))*2 - 1).as_subclass(Points)

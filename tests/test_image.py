@@ -496,7 +496,20 @@ def test_without_draft_a_jpeg_is_decoded_whole(monkeypatch):
     monkeypatch.setattr(simplejpeg, 'decode_jpeg', lambda *a, **kw: sizes.append(kw) or decode(*a, **kw))
     data, frame = encoded(photo(1600, 1200), format='JPEG'), FrameDraw([Resize(64, 'squish')], lambda: stream(0))
     small, whole = ImageBlock().read(data, frame), ImageBlock(draft=False).read(data, frame)
-    assert sizes[0]['min_width'] == 200 and not sizes[1] and small.shape == whole.shape
+    assert sizes[0]['min_width'] == 200 and 'min_width' not in sizes[1] and small.shape == whole.shape
+
+@pytest.mark.parametrize('size, frame', [((97, 61), Frame((10, 5, 60, 45), (40, 50))), ((97, 61), Frame((0, 0, 90, 60), (20, 30))), ((1600, 1200), Frame((10, 5, 60, 45), (40, 50)))], ids=['cropped', 'shrunk', 'large'])
+def test_a_picture_stays_as_it_is_when_the_next_is_decoded(size, frame):
+    "The decoder's memory is used again: after one another in a thread, and by several threads at once"
+    from concurrent.futures import ThreadPoolExecutor
+    files = [encoded(photo(*size, seed), format='JPEG') for seed in range(4)]
+    read = lambda data: read_image(open_image(data, whole=True), frame, resample=resample_array)
+    in_turn = [read(o) for o in files]
+    with ThreadPoolExecutor(4) as pool: at_once = list(pool.map(read, files))
+    for data, a, b in zip(files, in_turn, at_once):
+        (l, t, r, b_), whole = map(int, frame.box), np.asarray(Image.open(io.BytesIO(data)))
+        want = whole[t:b_, l:r] if frame.size == (b_-t, r-l) else resample_array(whole[t:b_, l:r], frame.size)
+        assert (a == want).all() and (b == want).all()
 
 def test_a_file_taken_in_whole_gives_the_same_picture_and_the_same_errors(tmp_path):
     f = tmp_path/'a.png'; photo().save(f)

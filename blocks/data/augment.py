@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagenet_stats', 'cifar_stats', 'mnist_stats', 'GeometricTfm', 'Flip', 'Dihedral', 'Rotate', 'Zoom', 'Warp',
            'RandomResizedCropGPU', 'LightingTfm', 'Brightness', 'Contrast', 'Saturation', 'Hue', 'RandomErasing',
-           'PixelTfm', 'Policy', 'Normalize', 'check_batch_tfms', 'apply_batch_tfms', 'aug_transforms']
+           'PixelTfm', 'Policy', 'Normalize', 'check_batch_tfms', 'BatchDraws', 'apply_batch_tfms', 'aug_transforms']
 
 # %% ../../nbs/data/04_augment.ipynb #491feeb3
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from dataclasses import fields as _dataclass_fields
 from functools import partial, singledispatch
 from numbers import Integral, Real
+from threading import Lock
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.foundation import L
 from torchvision import tv_tensors
@@ -321,11 +322,9 @@ def _apart(field):
 
 def _turned(x, code):
     "The bytes of `x` after the flips and quarter turns `code`, image by image: a quarter of the memory that floats would take"
-    out = np.empty((len(x), *x.shape[2:], x.shape[1]), np.uint8)
-    for to, image, c in zip(out, x.permute(0, 2, 3, 1).numpy(), code):
-        image = image[::-1 if c & 2 else 1, ::-1 if c & 1 else 1]
-        to[:] = image.swapaxes(0, 1) if c & 4 else image
-    return torch.from_numpy(out).permute(0, 3, 1, 2)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    for i, c in enumerate(code.tolist()): out[i:i+1] = _turn(x[i:i+1], i, c)
+    return out
 
 @_resample.register
 def _(value: tv_tensors.Image, geometry, light=None):
@@ -690,10 +689,23 @@ def _(value, size, part, hw):
     (sy, y), (sx, x) = (((o.stop-o.start)/n, (o.stop+o.start)/n - 1) for o, n in zip(part, hw))
     return _resample(value, _Geometry(np.repeat(_matrices(sx, 0, x, 0, sy, y), len(value), 0), size, 'nearest', 'zeros'))
 
+class BatchDraws:
+    "What the geometric and lighting transforms draw for a batch: once, for all threads that make a part of it"
+    def __init__(self,
+        rng,    # function without arguments → `np.random.Generator`
+    ): self.rng, self.lock, self.made = rng, Lock(), None
+
+    def drawn(self,
+        draw,    # function (generator) → what is drawn, the same for every part
+    ):
+        with self.lock:
+            if self.made is None: self.made = draw(self.rng())
+            return self.made
+
 def apply_batch_tfms(
     tfms,          # batch transforms, in any order: `aug_transforms()`, `[Flip(), Brightness()]`, …
     fields,        # tuple of batches; `tv_tensors.Image` (n, channels, height, width), uint8 or float from 0 to 1, are changed; `tv_tensors.Mask` (n, height, width), `Points` and `Boxes` follow their geometry
-    rng,           # a `np.random.Generator`, e.g. `stream(seed, 'batch', epoch, index)`; not touched on validation
+    rng,           # a `np.random.Generator`, e.g. `stream(seed, 'batch', epoch, index)`, or `BatchDraws` of it where the parts of a batch are made apart; not touched on validation
     train=True,    # False for validation: nothing random
     rows=None,     # (start, total): `fields` are the rows from `start` on of a batch of `total`, and get what they would get as a part of it; None: they are the whole batch
 ):
@@ -714,8 +726,9 @@ def apply_batch_tfms(
         size, crop = _shared(geometric, 'size'), next((t for t in geometric if isinstance(t, RandomResizedCropGPU)), None)
         part = crop.middle(*hw) if crop else (slice(0, hw[0]), slice(0, hw[1]))
         return tuple(_fit_size(f, size, part, hw) for f in fields) if size else fields
-    if geometric: geometry = _part(_draw_geometry(geometric, rng, n, hw), here); hw = geometry.size
-    light = _part(_draw_light(lighting, rng, n), here) if lighting else None
+    draw = lambda rng: (_draw_geometry(geometric, rng, n, hw) if geometric else None, _draw_light(lighting, rng, n) if lighting else None)
+    geometry, light = (o and _part(o, here) for o in (rng.drawn(draw) if isinstance(rng, BatchDraws) else draw(rng)))
+    if geometry: hw = geometry.size
     if geometric: fields = tuple(_resample(f, geometry, light) for f in fields)
     elif lighting: fields = tuple(_relight(f, light) for f in fields)
     if erasing or any(not isinstance(t, kinds) for t in tfms): fields = tuple(map(_apart, fields))

@@ -6,7 +6,7 @@
 __all__ = ['MODES', 'open_image', 'check_pixels', 'upright_size', 'read_image', 'view_array']
 
 # %% ../../nbs/data/02a_image.ipynb #0c48aa6b
-import io, os, sys
+import io, os, sys, threading
 from pathlib import Path
 from types import FunctionType
 import numpy as np
@@ -159,22 +159,31 @@ def read_image(
     return a if a.ndim == 3 else a[..., None]
 
 def _seen(im, box, out, resample):
-    "The `box` of the RGB picture `im` at `out` (width, height), as an array"
+    "The `box` of the RGB picture `im` at `out` (width, height), as an array of its own"
     (l, t, r, b), data = box, _undecoded_jpeg(im)
     a = np.array(im.crop(box)) if data is None else _decoded(data, im)[t:b, l:r]
-    return a if (r-l, b-t) == out else resample(a, out[::-1])
+    return np.array(a) if (r-l, b-t) == out else resample(a, out[::-1])
 
 def _undecoded_jpeg(im):
     "The bytes of the JPEG that `im` was opened from and not decoded yet; None for anything else"
     return im.fp.getvalue() if im.format in ('JPEG', 'MPO') and isinstance(getattr(im, 'fp', None), io.BytesIO) else None
 
+_buffers, _KEPT = threading.local(), 2**22      # each thread keeps the memory of a picture of up to so many bytes for the next: new memory takes a sixth of the time of a decode
+
 def _decoded(data, im):
-    "The RGB picture in a JPEG, at the size that was asked of `im`: the same decoder as Pillow's, without the copies"
+    "The RGB picture in a JPEG, at the size that was asked of `im`, until the next is decoded in this thread: the same decoder as Pillow's, without the copies"
     import simplejpeg
     (w, h), whole = im.size, simplejpeg.decode_jpeg_header(data)[:2]
-    try: a = simplejpeg.decode_jpeg(data, min_height=h, min_width=w, min_factor=1) if (h, w) != whole else simplejpeg.decode_jpeg(data)
+    smaller = dict(min_height=h, min_width=w, min_factor=1) if (h, w) != whole else {}
+    try: a = simplejpeg.decode_jpeg(data, buffer=_buffer(h*w*3), **smaller)
     except ValueError: return np.array(im)                                 # a damaged file: Pillow says what is wrong with it
     return a if a.shape[:2] == (h, w) else np.array(im)
+
+def _buffer(n):
+    "Memory of this thread for at least `n` bytes; None for so many that they are not worth keeping"
+    if n > _KEPT: return None
+    if len(getattr(_buffers, 'room', '')) < n: _buffers.room = bytearray(n)
+    return _buffers.room
 
 def view_array(
     a,           # array H × W × C of bytes

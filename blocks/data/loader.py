@@ -11,13 +11,14 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral
+from threading import Lock
 import numpy as np, torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from ..core import BlocksError, DataError, ItemError, default_workers, resolve_device, seeded, stream
 from .ahead import SideStream, in_order, reading_threads
-from .augment import GeometricTfm, LightingTfm, apply_batch_tfms
+from .augment import BatchDraws, GeometricTfm, LightingTfm, apply_batch_tfms
 from .block import ImageBlock, single_channel
 from .cache import read_kept
 from .frame import FrameDraw
@@ -176,15 +177,26 @@ def _by_row(tfm):
     "Does a batch transform treat each row as if it were alone, once its draws are known?"
     return isinstance(tfm, (GeometricTfm, LightingTfm))
 
-def _joined(block, pieces):
-    "One tensor of all rows, in the memory format of the pieces; copied by NumPy, in this thread alone"
-    first = pieces[0].as_subclass(torch.Tensor)
-    if len(pieces) == 1: return pieces[0]
-    if any(p.shape[1:] != first.shape[1:] for p in pieces): block.collate([p[0] for p in pieces])      # which says what is wrong
-    last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
-    rows = np.concatenate([(p.permute(0, 2, 3, 1) if last else p).numpy() for p in (o.as_subclass(torch.Tensor) for o in pieces)])
-    joined = torch.from_numpy(rows).permute(0, 3, 1, 2) if last else torch.from_numpy(rows)
-    return joined.as_subclass(type(pieces[0]))
+class _Rows:
+    "A batch that is made in pieces, each of which its thread writes into the memory of the whole"
+    def __init__(self, blocks, part, draws): self.blocks, self.part, self.draws, self.lock, self.fields = blocks, part, draws, Lock(), None
+
+    def put(self, piece, fields):
+        "Let `fields` be the rows of `piece`"
+        with self.lock:
+            if self.fields is None: self.fields = fields if piece.n == self.part.n else tuple(_room(o, self.part.n) for o in fields)
+        if piece.n == self.part.n: return
+        at = piece.start - self.part.start
+        for block, to, o in zip(self.blocks, self.fields, fields):
+            if o.shape[1:] != to.shape[1:]: block.collate([to[0], o[0]])     # which says what is wrong
+            to[at:at+piece.n].copy_(o.as_subclass(torch.Tensor))
+
+def _room(o, n):
+    "A tensor like `o`, in its memory format, but of `n` rows; NumPy's memory comes in large pages where the system has them, which halves the time of the first writing"
+    last = o.ndim == 4 and o.is_contiguous(memory_format=torch.channels_last)
+    like = o.as_subclass(torch.Tensor).permute(0, 2, 3, 1) if last else o.as_subclass(torch.Tensor)
+    room = torch.from_numpy(np.empty((n, *like.shape[1:]), like.numpy().dtype))
+    return (room.permute(0, 3, 1, 2) if last else room).as_subclass(type(o))
 
 @dataclass
 class Loader:
@@ -254,11 +266,14 @@ class Loader:
 
     def finish(self, fields, epoch=0, k=0,
         rows=None,      # (first, number): the fields are the rows from `first` on of a batch of so many; None: the whole batch
+        draws=None,     # `BatchDraws` that the parts of the batch share; None: this part draws for itself
     ):
         "Batch `k` of `epoch`, from collated fields to what the model gets: to the device, augmented, floats"
         fields = tuple(self._to_device(o) for o in fields)
-        fields = apply_batch_tfms(self.batch_tfms, fields, stream(self.seed, 'batch', epoch, k), self.samples.train, rows)
+        fields = apply_batch_tfms(self.batch_tfms, fields, draws or self._chance(epoch, k), self.samples.train, rows)
         return tuple(b.prepare(o) for b, o in zip(self.samples.blocks, fields))
+
+    def _chance(self, epoch, k): return stream(self.seed, 'batch', epoch, k)
 
     def _to_device(self, t):
         if self.device.type == 'cpu': return t
@@ -278,10 +293,12 @@ class Loader:
         whole = self.device.type != 'cpu' or not all(map(_by_row, self.batch_tfms)) or any(not b.by_row for b in self.samples.blocks)
         step = max(1, math.ceil(self.bs/(4*self.num_workers)))
         def read(piece): return [self.samples.read(i, epoch) for i in order[piece.of].tolist()]
-        def finished(piece): return self.finish(self._collated(order[piece.of], epoch), epoch, piece.k, piece.rows)
-        jobs = ([partial(read if whole else finished, piece) for piece in part.pieces(step)] for part in parts)
+        def finished(rows, piece): rows.put(piece, self.finish(self._collated(order[piece.of], epoch), epoch, piece.k, piece.rows, rows.draws)); return rows
+        def job(part):
+            f = read if whole else partial(finished, _Rows(self.samples.blocks, part, BatchDraws(partial(self._chance, epoch, part.k))))
+            return [partial(f, piece) for piece in part.pieces(step)]
         with reading_threads(self.num_workers) as pool:
-            for done in in_order(pool, jobs): yield (self.samples.collate([s for piece in done for s in piece]), False) if whole else (tuple(map(_joined, self.samples.blocks, zip(*done))), True)
+            for done in in_order(pool, map(job, parts)): yield (self.samples.collate([s for piece in done for s in piece]), False) if whole else (done[0].fields, True)
 
     def _read_by_processes(self, parts, order, epoch):
         loader = torch.utils.data.DataLoader(_Keyed(self.samples), batch_sampler=_Keys(parts, order, epoch), num_workers=self.num_workers, collate_fn=_Collate(self.samples),
