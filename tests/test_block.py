@@ -95,6 +95,15 @@ def test_a_grey_file_is_one_channel_in_memory_and_three_for_the_model(tmp_path):
         x = b.prepare(batch)
         assert x.is_contiguous(memory_format=torch.channels_last) and torch.allclose(x, b.prepare(batch.clone(memory_format=torch.contiguous_format)), atol=1e-6)
 
+@pytest.mark.parametrize('block', [ImageBlock(), ImageBlock(mean=(.1, .2, .3), std=(.4, .5, .6))], ids=['plain', 'normalised'])
+@pytest.mark.parametrize('grey', [True, False])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+def test_a_batch_prepared_into_memory_of_the_callers_is_the_same_to_the_bit(block, grey, dtype):
+    x = torch.randint(0, 256, (5, 1 if grey else 3, 7, 9), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = (x/255 if dtype.is_floating_point else x).contiguous(memory_format=torch.channels_last).expand(-1, 3, -1, -1)
+    out = torch.full((5, 3, 7, 9), float('nan')).contiguous(memory_format=torch.channels_last)
+    assert block.prepare(x, out=out) is out and torch.equal(out, block.prepare(x))
+
 def test_grey_and_coloured_files_make_one_batch(tmp_path):
     (f, a), block = grey_file(tmp_path), ImageBlock()
     grey, colour = block.read(f, lambda w, h: Frame((0, 0, w, h), (h, w))), block.read(Image.new('RGB', (50, 40), (1, 2, 3)), lambda w, h: Frame((0, 0, w, h), (h, w)))

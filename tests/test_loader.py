@@ -253,8 +253,8 @@ def test_lengths(n, bs, drop_last, sizes, workers):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_bytes_and_channels_last_until_the_model(two_class, tfms, workers, monkeypatch):
     dls, seen = build(two_class, tfms, num_workers=workers), []
-    finish = Loader.finish
-    monkeypatch.setattr(Loader, 'finish', lambda self, fields, *a: seen.append(fields) or finish(self, fields, *a))
+    augmented = Loader._augmented
+    monkeypatch.setattr(Loader, '_augmented', lambda self, fields, *a: seen.append(fields) or augmented(self, fields, *a))
     x, y = next(iter(dls.train))
     raw = seen[0][0]
     assert isinstance(raw, tv_tensors.Image) and raw.dtype == torch.uint8 and raw.is_contiguous(memory_format=torch.channels_last)

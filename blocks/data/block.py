@@ -67,10 +67,13 @@ def single_channel(
     "`x` with one channel, where all of them are one and the same memory; otherwise `x`"
     return x.narrow(dim, 0, 1) if x.stride(dim) == 0 and x.shape[dim] > 1 else x
 
-def _scaled_lines(x, scale, shift):
-    "`x*scale + shift` of a channels_last batch: with the numbers of the channels repeated along a line, a CPU takes whole lines at once, a few images while they are in its cache"
-    out, (scale, shift) = torch.empty_like(x, dtype=torch.float32), (o.flatten().repeat(x.shape[-1]) for o in (scale, shift))
-    for to, part in zip(out.split(2), x.split(2)): to.copy_(part).permute(0, 2, 3, 1).view(len(part), x.shape[-2], -1).mul_(scale).add_(shift)
+def _by_lines(x, out, scale=None, shift=None):
+    "Write `x*scale + shift`, or `x` as parts of 255, to the channels_last batch `out`: with the numbers of the channels repeated along a line, a CPU takes whole lines at once, a few images while they are in its cache"
+    if scale is not None: scale, shift = (o.flatten().repeat(x.shape[-1]) for o in (scale, shift))
+    for to, part in zip(out.split(2), x.split(2)):
+        lines = to.copy_(part).permute(0, 2, 3, 1).view(len(part), x.shape[-2], -1)
+        if scale is not None: lines.mul_(scale).add_(shift)
+        elif not x.is_floating_point(): lines.div_(255)
     return out
 
 @dataclass(frozen=True)
@@ -121,15 +124,19 @@ class ImageBlock(Block):
         batch = np.stack([v.permute(1, 2, 0).numpy() for v in values])                  # NumPy copies in this thread alone, where torch.stack would start others
         return tv_tensors.Image(torch.from_numpy(batch).permute(0, 3, 1, 2).expand(-1, channels, -1, -1))
 
-    def prepare(self, batch):
+    def prepare(self, batch,
+        out=None,    # float32 memory of the same shape for the result, both channels_last and on the CPU
+    ):
         x = batch.as_subclass(torch.Tensor) if isinstance(batch, tv_tensors.TVTensor) else batch      # a plain one stays as it is, so that an export can follow it
-        if x.stride(1) == 0: x = x.contiguous(memory_format=torch.channels_last)         # grey until here
+        if x.stride(1) == 0 and out is None: x = x.contiguous(memory_format=torch.channels_last)      # grey until here
         whole = not x.is_floating_point()
-        if self.mean is None: return x.float().div_(255) if whole else x
+        if self.mean is None: return _by_lines(x, out) if out is not None else x.float().div_(255) if whole else x
         mean, std = (torch.tensor(o, dtype=torch.float32).to(x.device, non_blocking=True).view(1, -1, 1, 1) for o in (self.mean, self.std))
         scale, shift = 1/(std*255) if whole else 1/std, -mean/std
-        by_line = x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        return _scaled_lines(x, scale, shift) if by_line else torch.addcmul(shift, x.float(), scale)      # (x/255 - mean)/std in one pass
+        by_lines = x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if out is None and by_lines: out = torch.empty_like(x, dtype=torch.float32)
+        if out is not None: return _by_lines(x, out, scale, shift)
+        return torch.addcmul(shift, x.float(), scale)                                                 # (x/255 - mean)/std in one pass
 
     def decode(self, value):
         "A Pillow-like array H × W (× C) in [0, 1] from one prepared image"

@@ -179,24 +179,30 @@ def _by_row(tfm):
 
 class _Rows:
     "A batch that is made in pieces, each of which its thread writes into the memory of the whole"
-    def __init__(self, blocks, part, draws): self.blocks, self.part, self.draws, self.lock, self.fields = blocks, part, draws, Lock(), None
+    def __init__(self, blocks, part, draws): self.blocks, self.part, self.draws, self.lock, self.fields = blocks, part, draws, Lock(), [None]*len(blocks)
 
     def put(self, piece, fields):
-        "Let `fields` be the rows of `piece`"
-        with self.lock:
-            if self.fields is None: self.fields = fields if piece.n == self.part.n else tuple(_room(o, self.part.n) for o in fields)
-        if piece.n == self.part.n: return
-        at = piece.start - self.part.start
-        for block, to, o in zip(self.blocks, self.fields, fields):
-            if o.shape[1:] != to.shape[1:]: block.collate([to[0], o[0]])     # which says what is wrong
-            to[at:at+piece.n].copy_(o.as_subclass(torch.Tensor))
+        "Let what the blocks make of `fields` be the rows of `piece`"
+        for k, (block, o) in enumerate(zip(self.blocks, fields)):
+            if type(block).prepare is ImageBlock.prepare and _channels_last(o): block.prepare(o, out=self._rows(k, piece, o.as_subclass(torch.Tensor), torch.float32))
+            else: o = block.prepare(o); self._rows(k, piece, o, o.dtype).copy_(o)
 
-def _room(o, n):
-    "A tensor like `o`, in its memory format, but of `n` rows; NumPy's memory comes in large pages where the system has them, which halves the time of the first writing"
-    last = o.ndim == 4 and o.is_contiguous(memory_format=torch.channels_last)
-    like = o.as_subclass(torch.Tensor).permute(0, 2, 3, 1) if last else o.as_subclass(torch.Tensor)
-    room = torch.from_numpy(np.empty((n, *like.shape[1:]), like.numpy().dtype))
-    return (room.permute(0, 3, 1, 2) if last else room).as_subclass(type(o))
+    def _rows(self, k, piece, like, dtype):
+        "Where the rows of `piece` go in field `k`, whose first piece decides on shape and kind"
+        with self.lock:
+            if self.fields[k] is None: self.fields[k] = _room(like, self.part.n, dtype)
+            whole = self.fields[k]
+        if like.shape[1:] != whole.shape[1:]: self.blocks[k].collate([whole[0], like[0]])      # which says what is wrong
+        return whole[piece.start - self.part.start:][:piece.n]
+
+def _channels_last(x): return x.ndim == 4 and (x.stride(1) == 0 or x.is_contiguous(memory_format=torch.channels_last))      # the channels of a grey batch are one in memory
+
+def _room(like, n, dtype):
+    "Memory for `n` rows of the kind of `like`, in its memory format; NumPy's comes in large pages where the system has them, which halves the time of the first writing"
+    shape, last = like.shape[1:], _channels_last(like)
+    if last: shape = (*shape[1:], shape[0])
+    room = torch.from_numpy(np.empty((n, *shape), torch.empty(0, dtype=dtype).numpy().dtype))
+    return (room.permute(0, 3, 1, 2) if last else room).as_subclass(type(like))
 
 @dataclass
 class Loader:
@@ -266,12 +272,14 @@ class Loader:
 
     def finish(self, fields, epoch=0, k=0,
         rows=None,      # (first, number): the fields are the rows from `first` on of a batch of so many; None: the whole batch
-        draws=None,     # `BatchDraws` that the parts of the batch share; None: this part draws for itself
     ):
         "Batch `k` of `epoch`, from collated fields to what the model gets: to the device, augmented, floats"
-        fields = tuple(self._to_device(o) for o in fields)
-        fields = apply_batch_tfms(self.batch_tfms, fields, draws or self._chance(epoch, k), self.samples.train, rows)
+        fields = self._augmented(tuple(self._to_device(o) for o in fields), epoch, k, rows, self._chance(epoch, k))
         return tuple(b.prepare(o) for b, o in zip(self.samples.blocks, fields))
+
+    def _augmented(self, fields, epoch, k, rows,
+        chance,    # a generator, or the `BatchDraws` that the parts of the batch share
+    ): return apply_batch_tfms(self.batch_tfms, fields, chance, self.samples.train, rows)
 
     def _chance(self, epoch, k): return stream(self.seed, 'batch', epoch, k)
 
@@ -293,12 +301,12 @@ class Loader:
         whole = self.device.type != 'cpu' or not all(map(_by_row, self.batch_tfms)) or any(not b.by_row for b in self.samples.blocks)
         step = max(1, math.ceil(self.bs/(4*self.num_workers)))
         def read(piece): return [self.samples.read(i, epoch) for i in order[piece.of].tolist()]
-        def finished(rows, piece): rows.put(piece, self.finish(self._collated(order[piece.of], epoch), epoch, piece.k, piece.rows, rows.draws)); return rows
+        def finished(rows, piece): rows.put(piece, self._augmented(self._collated(order[piece.of], epoch), epoch, piece.k, piece.rows, rows.draws)); return rows
         def job(part):
             f = read if whole else partial(finished, _Rows(self.samples.blocks, part, BatchDraws(partial(self._chance, epoch, part.k))))
             return [partial(f, piece) for piece in part.pieces(step)]
         with reading_threads(self.num_workers) as pool:
-            for done in in_order(pool, map(job, parts)): yield (self.samples.collate([s for piece in done for s in piece]), False) if whole else (done[0].fields, True)
+            for done in in_order(pool, map(job, parts)): yield (self.samples.collate([s for piece in done for s in piece]), False) if whole else (tuple(done[0].fields), True)
 
     def _read_by_processes(self, parts, order, epoch):
         loader = torch.utils.data.DataLoader(_Keyed(self.samples), batch_sampler=_Keys(parts, order, epoch), num_workers=self.num_workers, collate_fn=_Collate(self.samples),
