@@ -143,7 +143,9 @@ def until(page, what, arg=None, seconds=8):
         page.wait_for_timeout(15)
 
 def wait(page, n, state='done'):
+    "The `n` cards of that state once they are there, and the counts that are drawn one frame later"
     until(page, '([n, s]) => document.querySelectorAll(`.card.${s}`).length === n', [n, state])
+    page.evaluate('() => new Promise(drawn => requestAnimationFrame(() => drawn()))')
     return page.locator(f'.card.{state}')
 
 def choose(page, *files):
