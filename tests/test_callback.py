@@ -184,6 +184,13 @@ def test_the_items_of_the_batch_are_named_and_the_bad_one_among_them(two_class, 
     named = str(e.value).split('items of the batch: ')[1].split('\n')[0]
     assert named == ', '.join(order[3*k:3*k+3]) and 'input 1 of item7 is not finite' in str(e.value)
 
+def test_running_statistics_that_the_very_first_step_spoils_are_as_before(dls, tmp_path):
+    learn = Learner(dls, nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)), path=tmp_path)
+    def endless(l): l.xb = tuple(x/0 for x in l.xb)
+    before = weights(learn)
+    with pytest.raises(TrainingError, match='last good weights.*step 1 of|step 1 of.*last good weights'), learn.no_bar(): learn.fit(1, cbs=At('before_batch', endless))
+    assert equal(weights(learn), before)
+
 def test_nan_in_validation_alone_goes_on(learn):
     learn.fit(1, cbs=At('after_pred', lambda l: setattr(l, 'pred', l.pred*math.nan), lambda l: not l.training))
     assert math.isnan(learn.recorder.values[0][1])

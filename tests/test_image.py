@@ -517,3 +517,64 @@ def test_a_file_taken_in_whole_gives_the_same_picture_and_the_same_errors(tmp_pa
     (tmp_path/'b.jpg').write_text('no picture')
     with pytest.raises(OSError, match='b.jpg'): open_image(tmp_path/'b.jpg', whole=True)
     with pytest.raises(FileNotFoundError): open_image(tmp_path/'c.jpg', whole=True)
+
+
+# --- plain PNG, decoded without Pillow's inflate
+def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+def png(lines, w=20, h=10, depth=8, color=0, before=b'', after=b'', parts=1):
+    "A PNG whose `lines` (filter bytes and all) are packed into `parts` chunks, with other chunks `before` and `after` them"
+    packed = lines if isinstance(lines, bytes) and lines[:1] == b'\x78' else zlib.compress(bytes(lines))
+    cuts = [len(packed)*k//parts for k in range(parts + 1)]
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, depth, color, 0, 0, 0)) + before + b''.join(chunk(b'IDAT', packed[a:b]) for a, b in zip(cuts, cuts[1:])) + after + chunk(b'IEND', b'')
+
+def lines_of(w, h, channels=1, filters=range(5), seed=0):
+    "Random pixels with each filter in turn"
+    a = np.random.default_rng(seed).integers(0, 256, (h, w*channels + 1), dtype=np.uint8)
+    a[:, 0] = np.resize(list(filters), h)
+    return a.tobytes()
+
+@pytest.mark.parametrize('parts', [1, 3])
+@pytest.mark.parametrize('color,channels', [(0, 1), (2, 3), (4, 2), (6, 4)], ids=['L', 'RGB', 'LA', 'RGBA'])
+def test_a_plain_png_is_bitwise_that_of_pillow(monkeypatch, color, channels, parts):
+    beside = chunk(b'gAMA', struct.pack('>I', 45455)) + chunk(b'tEXt', b'comment\0a solar cell') + chunk(b'pHYs', b'\0'*9)
+    data = png(lines_of(20, 10, channels), color=color, before=beside, after=chunk(b'tEXt', b'date:create\x002018'), parts=parts)
+    want = Image.open(io.BytesIO(data))
+    monkeypatch.setattr('blocks.data.image._open', None)                  # Pillow's way is not taken
+    got = open_image(data, whole=True)
+    assert got.mode == want.mode and (np.asarray(got) == np.asarray(want)).all()
+
+TURNED = Image.Exif(); TURNED[0x0112] = 6
+XMP = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+
+@pytest.mark.parametrize('data', [
+    encoded(photo(), format='PNG', exif=TURNED), png(lines_of(20, 10), before=chunk(b'iTXt', XMP)), png(lines_of(20, 10), after=chunk(b'eXIf', TURNED.tobytes()[6:])),
+    png(lines_of(20, 10), before=chunk(b'tRNS', b'\0\x07')), encoded(photo().quantize(16), format='PNG'), encoded(Image.fromarray(np.arange(200, dtype=np.uint16).reshape(10, 20)), format='PNG'),
+    encoded(photo().convert('1'), format='PNG'), png(lines_of(40, 10), depth=16), encoded(photo(), format='PNG', save_all=True, append_images=[photo(seed=1)])],
+    ids=['exif', 'xmp', 'exif after', 'transparent colour', 'palette', '16 bits', '1 bit', '16 bits by hand', 'animation'])
+def test_other_pngs_are_left_to_pillow(data):
+    frame = lambda im: Frame((0, 0, *upright_size(im)), upright_size(im)[::-1])
+    a, b = open_image(data, whole=True), open_image(data)
+    assert a.format == 'PNG' and (read_image(a, frame(a)) == read_image(b, frame(b))).all()
+
+GOOD = lines_of(20, 10)
+@pytest.mark.parametrize('data', [
+    png(GOOD)[:-40], png(GOOD)[:30], png(GOOD[:-21]), png(zlib.compress(GOOD)[:-9]), png(b'\x78\x9c' + b'\xff'*30), png(GOOD, w=40), png(b'')],
+    ids=['cut', 'cut in the header', 'a line is missing', 'cut stream', 'no stream', 'wider than it is', 'empty'])
+def test_of_a_damaged_png_is_made_what_pillow_makes_of_it(data, tmp_path):
+    f = tmp_path/'damaged.png'; f.write_bytes(data)
+    def outcome(whole):
+        try: return np.asarray(open_image(f, whole)).tolist()
+        except (OSError, SyntaxError, ValueError) as e: return type(e), str(e)
+    assert outcome(True) == outcome(False)
+
+def test_a_png_that_holds_more_than_it_says_takes_no_more_memory():
+    data = png(zlib.compress(bytes(2**26)))                                # 64 MB for a picture of 20×10
+    import tracemalloc
+    tracemalloc.start()
+    assert open_image(data, whole=True).size == (20, 10) and tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+def test_a_png_above_the_limit_is_refused_before_it_is_unpacked(monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(DataError, match='20×10.*limit is 100'): open_image(png(GOOD), whole=True)

@@ -206,10 +206,10 @@ def test_a_file_that_went_bad_is_named(two_class, tmp_path, tfms, workers):
     dls = build(root, tfms, num_workers=workers)
     bad = dls.train_ds.fields[0][5]
     cut(bad)
-    with pytest.raises(ItemError, match=bad.name) as e: list(dls.train)
+    with pytest.raises(ItemError, match=bad.name) as e: list(dls.train.new(drop_last=False))
     assert e.value.stage == 'ImageBlock.read' and e.value.item == bad and 'on_bad' in str(e.value)
     bad.unlink()
-    with pytest.raises(ItemError, match='check the path'): list(dls.train)
+    with pytest.raises(ItemError, match='check the path'): list(dls.train.new(drop_last=False))      # an epoch may leave out a few samples
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_failing_transform_names_stage_item_and_cause(two_class, workers):

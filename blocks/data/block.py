@@ -108,20 +108,20 @@ class ImageBlock(Block):
         mode = 'L' if self.mode == 'RGB' and im.mode == 'L' and not im.has_transparency_data else self.mode
         try: a = read_image(im, frame(*upright_size(im)), mode, self.draft and im is not raw, resample_array if getattr(frame, 'random', False) else None)
         finally: _close(raw, im)
-        return self.tensor(np.require(a, requirements='CW'))
+        return self.tensor(a if a.flags.c_contiguous and a.flags.writeable else a.copy())
 
     def tensor(self, a):
         "An array H × W × C of bytes as a sample: C×H×W to look at, H×W×C in memory. Of a grey picture, the three channels of RGB are one in memory"
-        return tv_tensors.Image(torch.from_numpy(a).permute(2, 0, 1).expand(self.channels, -1, -1))
+        (h, w, c), (down, right, deep) = a.shape, a.strides
+        return torch.from_numpy(a).as_strided((self.channels, h, w), (0 if c < self.channels else deep, down, right)).as_subclass(tv_tensors.Image)
 
     def collate(self, values):
         shapes = {tuple(v.shape) for v in values}
         if len(shapes) > 1:
             raise DataError(f"the images of a batch have different shapes (channels, height, width): {', '.join(map(str, sorted(shapes)[:4]))}; add an item transform that gives all the same size, such as item_tfms=Resize(224)")
-        channels = values[0].shape[0]
-        values = [v.as_subclass(torch.Tensor) for v in values]
-        values = [single_channel(v, 0) for v in values] if all(v.stride(0) == 0 for v in values) else values
-        batch = np.stack([v.permute(1, 2, 0).numpy() for v in values])                  # NumPy copies in this thread alone, where torch.stack would start others
+        channels, arrays = values[0].shape[0], [v.as_subclass(torch.Tensor).numpy().transpose(1, 2, 0) for v in values]
+        if all(a.strides[2] == 0 for a in arrays): arrays = [a[..., :1] for a in arrays]
+        batch = np.stack(arrays)                                                         # NumPy copies in this thread alone, where torch.stack would start others
         return tv_tensors.Image(torch.from_numpy(batch).permute(0, 3, 1, 2).expand(-1, channels, -1, -1))
 
     def prepare(self, batch,

@@ -118,7 +118,7 @@ class Resize(_Sized):
         pick = min if self.method == 'crop' else max
         ratio = pick(width/w, height/h)                                     # source pixels per result pixel, the same on both sides
         cw, ch = max(1, int(ratio*w + 1e-6)), max(1, int(ratio*h + 1e-6))   # whole pixels, so that no resampling is added where none is needed
-        px, py = rng.random(2) if rng is not None else (.5, .5)
+        px, py = (rng.random(), rng.random()) if rng is not None else (.5, .5)
         left, top = int(px*(width-cw)), int(py*(height-ch))
         return Frame((left, top, left+cw, top+ch), self.size, self.pad_mode)
 
@@ -151,13 +151,13 @@ class RandomResizedCrop(_Sized):
     def _random_box(self, width, height, rng):
         low, high = map(math.log, self.ratio)
         for _ in range(10):                                                  # large areas in odd proportions may not fit: try again
-            area = rng.uniform(self.min_scale, self.max_scale)*width*height
-            ratio = math.exp(rng.uniform(low, high))
+            area = (self.min_scale + rng.random()*(self.max_scale - self.min_scale))*width*height
+            ratio = math.exp(low + rng.random()*(high - low))
             w, h = round(math.sqrt(area*ratio)), round(math.sqrt(area/ratio))
             if 0 < w <= width and 0 < h <= height: break
         else: w, h = self._largest(width, height)
-        left, top = rng.integers(width-w, endpoint=True), rng.integers(height-h, endpoint=True)
-        return (int(left), int(top), int(left)+w, int(top)+h)
+        left, top = int(rng.random()*(width-w+1)), int(rng.random()*(height-h+1))
+        return (left, top, left+w, top+h)
 
     def _largest(self, width, height):
         "The largest crop whose proportions are allowed"

@@ -6,7 +6,7 @@
 __all__ = ['MODES', 'open_image', 'check_pixels', 'upright_size', 'read_image', 'view_array']
 
 # %% ../../nbs/data/02a_image.ipynb #0c48aa6b
-import io, os, sys, threading
+import io, os, struct, sys, threading, zlib
 from pathlib import Path
 from types import FunctionType
 import numpy as np
@@ -18,12 +18,12 @@ def open_image(
     raw,    # path, bytes, file object, anything with `read_bytes()`, Pillow image, array (H×W or H×W×C), or tensor (C×H×W or H×W); uint8, uint16, or floats in [0, 1]
     whole=False,    # take in a file at once: faster where it will be decoded, slower where only its header is looked at
 ) -> Image.Image:
-    "A Pillow image, not yet decoded where it comes from a file; raises what Pillow and the file system raise, and `DataError` for more than `Image.MAX_IMAGE_PIXELS` pixels"
+    "A Pillow image, not yet decoded where it comes from a file (but for a plain PNG with `whole`); raises what Pillow and the file system raise, and `DataError` for more than `Image.MAX_IMAGE_PIXELS` pixels"
     if isinstance(raw, Image.Image): return raw
     if _is_tensor(raw): return _from_array(_channels_last(raw.detach().cpu()))
     if isinstance(raw, np.ndarray): return _from_array(raw)
-    if isinstance(raw, (bytes, bytearray, memoryview)): return _open(io.BytesIO(raw))
-    if hasattr(raw, 'read_bytes') and not isinstance(raw, Path): return _open(io.BytesIO(raw.read_bytes()))      # a member of an archive, a remote file: its path leads nowhere here
+    if isinstance(raw, (bytes, bytearray, memoryview)): return _from_bytes(bytes(raw), whole)
+    if hasattr(raw, 'read_bytes') and not isinstance(raw, Path): return _from_bytes(raw.read_bytes(), whole)      # a member of an archive, a remote file: its path leads nowhere here
     if isinstance(raw, (str, os.PathLike)): return _open_whole(raw) if whole else _open(raw)
     if hasattr(raw, 'read'): return _open(raw)
     raise DataError(f"cannot make an image of a {type(raw).__name__}: expected a path, bytes, a file object, a Pillow image, an array or a tensor")
@@ -44,8 +44,10 @@ def _open(file):
 def _open_whole(path):
     "The picture in the file at `path`, which is read at once: Pillow itself reads a PNG in dozens of small pieces"
     with open(path, 'rb', buffering=0) as f: data = f.read()
-    try: return _open(io.BytesIO(data))
+    try: return _from_bytes(data, whole=True)
     except UnidentifiedImageError: return _open(path)                        # the same again, with an error that names the file
+
+def _from_bytes(data, whole): return whole and _plain_png(data) or _open(io.BytesIO(data))
 
 def _close(raw, im):
     "Close what `open_image` opened for `raw`, never what the caller gave"
@@ -82,6 +84,44 @@ def _from_array(a):
     if a.dtype == bool: a = a.astype(np.uint8)*255
     if a.dtype not in (np.uint8, np.uint16) or (a.dtype == np.uint16 and a.ndim == 3): raise DataError(f"an image of dtype {a.dtype} and shape {a.shape} is not understood: expected uint8, floats in [0, 1], or uint16 of one channel; for other depths use BandsBlock")
     return Image.fromarray(np.ascontiguousarray(a))
+
+# %% ../../nbs/data/02a_image.ipynb #bb90d880
+_PNG = struct.Struct('>8sI4sIIBBBBB')                                        # the signature and the header of a PNG
+_PNG_MODES = {0: 'L', 2: 'RGB', 4: 'LA', 6: 'RGBA'}
+_BESIDE = {b'bKGD', b'cHRM', b'gAMA', b'hIST', b'iCCP', b'pHYs', b'sBIT', b'sRGB', b'tIME', b'tEXt', b'zTXt', b'iTXt'}      # chunks of a PNG that say nothing about its pixels
+_TURNS = (b'Raw profile type', b'XML:com.adobe.xmp')                                # texts that may say how it is turned
+
+def _plain_png(data):
+    "The picture in a PNG of 8 bits a channel, without palette, transparent colour or EXIF; None for any other, and for what is damaged or large"
+    try: signature, _, _, width, height, *kind = _PNG.unpack_from(data)
+    except struct.error: return None
+    mode = _PNG_MODES.get(kind[1]) if signature == b'\x89PNG\r\n\x1a\n' else None
+    if mode is None or (kind[0], *kind[2:]) != (8, 0, 0, 0) or not 0 < width*height <= _LARGE: return None
+    check_pixels(width, height)
+    packed = _pixel_chunks(data)
+    lines = packed and _unpacked(packed, height*(width*len(mode) + 1))
+    try: return Image.frombytes(mode, (width, height), zlib.compress(lines, 0), 'zip', mode) if lines else None
+    except ValueError: return None
+
+_LARGE = 2**24    # pixels: larger pictures are left to Pillow, which does not hold them twice
+
+def _pixel_chunks(data):
+    "The compressed pixels of a PNG; None where other chunks matter too, or the file ends early"
+    parts, at = [], 33
+    while at + 12 <= len(data):
+        n, kind = int.from_bytes(data[at:at+4], 'big'), data[at+4:at+8]
+        if kind == b'IDAT': parts.append(data[at+8:at+8+n])
+        elif kind == b'IEND': return parts[0] if len(parts) == 1 else b''.join(parts)
+        elif kind not in _BESIDE or data.startswith(_TURNS, at+8): return None
+        at += 12 + n
+
+def _unpacked(packed, n):
+    "The `n` bytes in a zlib stream, by a faster library than Pillow's; None where it is damaged or holds another number"
+    from isal import isal_zlib
+    unzip = isal_zlib.decompressobj()
+    try: out = unzip.decompress(packed, n + 1)
+    except isal_zlib.error: return None
+    return out if unzip.eof and len(out) == n else None
 
 # %% ../../nbs/data/02a_image.ipynb #f99db4a8
 _T = Image.Transpose

@@ -196,7 +196,7 @@ class CategoryBlock(_Classes):
         return tuple(counts.total()/(len(counts)*counts[i]) if i in counts else 1. for i in range(self.n_out))
 
     def verify(self, raw, whole=False): self.index(raw)
-    def read(self, raw, frame): return torch.tensor(self.index(raw))
+    def read(self, raw, frame): return torch.from_numpy(np.array(self.index(raw)))      # a third of the time of torch.tensor, which also lets other threads go first
     def labels(self, raw):
         "The label in one raw value, under its readable name, as a list of one: for counting"
         label = self._named(self._one(raw))

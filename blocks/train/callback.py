@@ -111,6 +111,7 @@ class StopOnNonFinite(Callback):
     def before_fit(self):
         self.good, self.learned, self.since = {}, None, 0
         self.watched = {k for k, v in self.learn.model.state_dict().items() if isinstance(v, torch.Tensor) and _finite(v)}       # an attention mask may be infinite from the start
+        self._keep(); self.learned = None                                  # for the very first step, which may spoil running statistics; after it they are copied again
     def before_train(self): self.losses = []
     def after_loss(self):
         if not self.learn.training: return
@@ -139,7 +140,7 @@ class StopOnNonFinite(Callback):
         return {k: v.detach() for k, v in state.items() if k in self.watched and (v.requires_grad or not isinstance(v, nn.Parameter))}
 
     def _keep(self):
-        "Copy the weights, which have just given a finite loss"
+        "Copy the weights, which are good"
         now, self.since, self.learned = self._weights(), 0, self._learning()
         self.good = {k: v for k, v in self.good.items() if k in now and v.shape == now[k].shape}
         if self.good: torch._foreach_copy_([*self.good.values()], [now[k] for k in self.good])
