@@ -150,11 +150,10 @@ def limits(spec):
     "Parts of the work by themselves, which bound the whole: decoding in one thread for each core with nothing else, and the model on ready tensors"
     import os, statistics
     import simplejpeg, torch
-    from PIL import Image
     from blocks.data.ahead import reading_threads
+    from blocks.data.image import open_image
     from blocks.train.tricks import model_precision
-    def png(file):
-        with Image.open(file) as im: im.load()
+    def png(file): open_image(file, whole=True).load()
     def jpeg(file): simplejpeg.decode_jpeg(Path(file).read_bytes())
     def decoded(set, f):
         files = read_set({**spec, 'set': set, 'limit': 450})[0]

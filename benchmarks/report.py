@@ -89,6 +89,7 @@ def section(name, o):
     "One work: its figures, and its aims"
     work, runs = WORKS[name], o['runs']
     lines = [f'## {work.title}', '', table(['', *(METRICS[m].title for m in work.shows), 'notes'], [arm_row(runs, a, work) for a in work.all_arms]), '']
+    if o.get('of'): lines += [f"Measured: {o['of']}.", '']
     if work.goals: lines += [table(['aim', 'target', 'measured', ''], [[*wording(g), span(got := ratio(runs, g), 3 if g.kind == 'as_good' else 2), verdict(g, got, runs)] for g in work.goals]), '']
     return '\n'.join(lines)
 

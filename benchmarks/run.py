@@ -147,7 +147,13 @@ def run_work(name, work, pythons, rounds, quick, say=print):
         runs[arm][r] = got = measure(pythons['blocks' if arm.startswith('blocks') else 'peers'], arm, work.kind, work.spec_of(quick) | dict(seed=r))
         told = ', '.join(f'{k} {v:.4g}' if isinstance(v, (int, float)) else f'{k}: {v}' for k, v in got.items() if k != 'train_losses')
         say(f'{name}, round {r+1} of {n_rounds}, {arm} ({time.perf_counter()-start:.0f} s): {told}', flush=True)
-    return dict(rounds=n_rounds, quick=quick, runs=runs)
+    return dict(rounds=n_rounds, quick=quick, of=state(), runs=runs)
+
+def state():
+    "The commit that is measured and today's date, for works that are measured again by themselves; without git, the date alone"
+    try: commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): commit = ''
+    return f'{commit}, {date.today()}' if commit else str(date.today())
 
 def warm(folder=data.DATA):
     "Read every file once, so that all arms find them in memory"
