@@ -22,6 +22,7 @@ from .augment import BatchDraws, GeometricTfm, LightingTfm, apply_batch_tfms
 from .block import ImageBlock, single_channel
 from .cache import read_kept
 from .frame import FrameDraw
+from .pages import kept_pages
 from .source import counted, pack
 
 # %% ../../nbs/data/05_loader.ipynb #233a69b1
@@ -264,7 +265,8 @@ class Loader:
         order, side = self.order(epoch), SideStream(self.device)
         parts = [self._part(k, share) for k in range(len(self))[start:][:limit]]
         read = self._read_here if self.num_workers == 0 else self._read_by_processes if self.samples.draws_globally else self._read_by_threads
-        for part, (fields, done) in zip(parts, read(parts, order, epoch)): yield fields if done else side.run(partial(self.finish, fields, epoch, part.k, part.rows))
+        with kept_pages():
+            for part, (fields, done) in zip(parts, read(parts, order, epoch)): yield fields if done else side.run(partial(self.finish, fields, epoch, part.k, part.rows))
 
     def _part(self, k, share):
         own = range(self.size(k)) if share is None else share(range(self.size(k)))

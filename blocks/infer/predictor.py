@@ -16,6 +16,7 @@ from ..core import DataError, ItemError, resolve_device
 from ..data.augment import apply_batch_tfms
 from ..data.frame import FrameDraw
 from ..data.loader import Loader, Samples, apply_item_tfms, for_split, input_loader, read_error
+from ..data.pages import kept_pages
 from ..data.place import SourceBlock
 from .predictions import Predictions, check_asked, item_list, read_many
 from ..model.head import VisionModel
@@ -174,11 +175,12 @@ class Predictor:
         items, target, errors = item_list(items), self._judge(threshold, reject, tta=tta), {}
         if tta: items = [o.read() if hasattr(o, 'read') else o for o in items]
         batches = []
-        for samples in read_many(self.read_item, items, bs, num_workers, progress):
-            good, done = [i for i, o in enumerate(samples) if not isinstance(o, ItemError)], sum(map(len, batches))
-            errors |= {done + i: o for i, o in enumerate(samples) if isinstance(o, ItemError)}
-            rows = dict(zip(good, self._run([samples[i] for i in good])))
-            batches.append([rows.get(i) for i in range(len(samples))])
+        with kept_pages():
+            for samples in read_many(self.read_item, items, bs, num_workers, progress):
+                good, done = [i for i, o in enumerate(samples) if not isinstance(o, ItemError)], sum(map(len, batches))
+                errors |= {done + i: o for i, o in enumerate(samples) if isinstance(o, ItemError)}
+                rows = dict(zip(good, self._run([samples[i] for i in good])))
+                batches.append([rows.get(i) for i in range(len(samples))])
         if errors: warnings.warn(f"{len(errors)} of {len(items)} items could not be read and have no prediction, see `.errors`; the first: {next(iter(errors.values()))}", stacklevel=2)
         made = self._predictions(items, batches, errors, target)
         good = [i for i in range(len(items)) if i not in errors]

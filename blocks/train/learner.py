@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from ..core import TrainingError, as_list
 from ..data.label import CategoryBlock
+from ..data.pages import kept_pages
 from ..model.head import param_groups
 from .callback import (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
                                    CancelTrainException, CancelValidException, CheckLoss, StopOnNonFinite, TimeLimit, _acts_at, check_callback)
@@ -46,7 +47,7 @@ class _Loop:
         cbs = [*self._plans(sched, sched_every, strategy, max_minutes), *as_list(cbs)]
         self._prepare(lr, wd, reset_opt)
         self.n_epoch, self.epoch, self.iter = n_epoch, 0, None
-        with self.added_cbs(cbs), self._fitting(): self._stage('fit', self._epochs, CancelFitException, always=True)
+        with kept_pages(), self.added_cbs(cbs), self._fitting(): self._stage('fit', self._epochs, CancelFitException, always=True)
 
     @contextmanager
     def _fitting(self):
