@@ -147,25 +147,41 @@ def _overhead(spec):
     return statistics.median(ms)
 
 def limits(spec):
-    "Parts of the work by themselves, which bound the whole: decoding in one thread for each core with nothing else, and the model on ready tensors"
+    "Parts of the work by themselves, which bound the whole: decoding in one thread for each core with nothing else, the model on ready tensors, and the import of PyTorch"
     import os, statistics
     import simplejpeg, torch
+    from PIL import Image
     from blocks.data.ahead import reading_threads
     from blocks.data.image import open_image
+    from blocks.data.pages import kept_pages
     from blocks.train.tricks import model_precision
     def png(file): open_image(file, whole=True).load()
     def jpeg(file): simplejpeg.decode_jpeg(Path(file).read_bytes())
-    def decoded(set, f):
-        files = read_set({**spec, 'set': set, 'limit': 450})[0]
+    def eighth(file):
+        "What a decoder cannot leave out: the whole stream is read, and of each block of 8 × 8 pixels the mean is kept"
+        with Image.open(file) as im: im.draft('RGB', (1, 1)); im.load()
+    def decoded(set, f, limit=450):
+        files = read_set({**spec, 'set': set, 'limit': limit})[0]
         with reading_threads(os.cpu_count()) as pool: return len(files)/min(timed(lambda: list(pool.map(f, files)))[0] for _ in range(3))
     dls = whole(spec)
     learn = learner(dls, spec)
-    x, = dls.one_batch()[:1]
+    x, y = dls.one_batch()
     model = learn.model.eval().to(memory_format=torch.channels_last)
     def forward(x, precision):
         with torch.inference_mode(), model_precision(learn.device, precision): model(x)
-    ms = lambda x, precision: statistics.median(calls(lambda: forward(x, precision), n=15)[0])
-    return dict(png_s=decoded('png', png), jpeg_s=decoded('jpeg', jpeg), forward_s=len(x)*1000/ms(x, 'auto'), forward_fp32_s=len(x)*1000/ms(x, 'fp32'), single_ms=ms(x[:1], 'fp32'))
+    def step(precision):
+        with model_precision(learn.device, precision): pred = model(x)
+        torch.nn.functional.cross_entropy(pred.float(), y).backward()
+        learn.opt.step(); learn.opt.zero_grad()
+    def ms(f, *args): return statistics.median(calls(lambda: f(*args), n=15)[0])
+    def per_s(f, *args): return len(x)*1000/ms(f, *args)
+    with kept_pages():
+        of_model = dict(forward_s=per_s(forward, x, 'auto'), forward_fp32_s=per_s(forward, x, 'fp32'), single_ms=ms(forward, x[:1], 'fp32'))
+        for name, thaw in (('frozen', learn.freeze), ('step', learn.unfreeze)):
+            thaw(); learn.create_opt(); model.train()
+            of_model |= {f'{name}_s': per_s(step, 'auto')}
+        of_model |= dict(step_fp32_s=per_s(step, 'fp32'))
+    return dict(png_s=decoded('png', png), jpeg_s=decoded('jpeg', jpeg), jpeg12_s=decoded('12mp', eighth, 24), import_s=cold_import('import torch, torchvision', 3), **of_model)
 
 def million(spec):
     "Listing, labels and split of a million files; where links are slow to make, of the hundred thousand ten times over"

@@ -1,5 +1,5 @@
 """What all arms share: which files, which weights, which head, how time is taken, and what is printed at the end."""
-import json, statistics, sys, time
+import json, os, statistics, sys, time
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent/'.data'
@@ -87,6 +87,9 @@ def resident():
     except OSError: return None
 
 def cold_import(statement, n):
-    "Seconds that a fresh interpreter takes for `statement`, start and end of it included: the median of `n`"
+    "Seconds that a fresh interpreter takes for `statement`, start and end of it included: the median of `n`, after one that compiles what is not compiled yet, as an installer does"
     import subprocess
-    return statistics.median(timed(lambda: subprocess.run([sys.executable, '-c', statement], check=True, capture_output=True))[0] for _ in range(n))
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONDONTWRITEBYTECODE'}
+    run = lambda: subprocess.run([sys.executable, '-c', statement], check=True, capture_output=True, env=env)
+    run()
+    return statistics.median(timed(run)[0] for _ in range(n))

@@ -85,12 +85,21 @@ def arm_row(runs, arm, work):
     note = 'training loss ' + ' → '.join(f'{statistics.fmean(o):.3f}' for o in zip(*losses)) if losses else got[0].get('files', '')
     return [ARMS[arm], *(number(v, METRICS[m].digits) for v, m in zip(values, work.shows)), f"{note}{', ' if note else ''}{len(got)} round{'s' if len(got) > 1 else ''}" + (f"; failed once or more: {told['failed']}" if told and 'failed' in told else '')]
 
-def section(name, o):
+def at_best(name, goal, works):
+    "What `goal` would come to if blocks did nothing but the parts that it cannot leave out, as `limits` has measured them; None where that is not known"
+    work, limits = WORKS[name], {m: median(figures(works.get('limits', {}).get('runs', {}), 'blocks', m)) for m in WORKS['limits'].shows}
+    theirs = median(figures(works[name]['runs'], goal.peer, goal.metric)) if goal.peer else None
+    if not work.best or not theirs or goal.arm != 'blocks' or goal.metric != work.shows[0] or None in limits.values(): return None
+    ours = work.best(limits)
+    return theirs/ours if goal.kind == 'faster' and not METRICS[goal.metric].higher else ours/theirs
+
+def section(name, works):
     "One work: its figures, and its aims"
+    o = works[name]
     work, runs = WORKS[name], o['runs']
     lines = [f'## {work.title}', '', table(['', *(METRICS[m].title for m in work.shows), 'notes'], [arm_row(runs, a, work) for a in work.all_arms]), '']
     if o.get('of'): lines += [f"Measured: {o['of']}.", '']
-    if work.goals: lines += [table(['aim', 'target', 'measured', ''], [[*wording(g), span(got := ratio(runs, g), 3 if g.kind == 'as_good' else 2), verdict(g, got, runs)] for g in work.goals]), '']
+    if work.goals: lines += [table(['aim', 'target', 'measured', 'at best', ''], [[*wording(g), span(got := ratio(runs, g), 3 if g.kind == 'as_good' else 2), number(at_best(name, g, works)), verdict(g, got, runs)] for g in work.goals]), '']
     return '\n'.join(lines)
 
 def summary(works):
@@ -106,7 +115,10 @@ The peak of memory is that of a process with its children (proportional set size
 The same for all arms: files, split, first weights of body and head, sizes, batch. ResNets start from random weights, made once, whose normalisation has seen 256 of the training pictures; they stand for
 pretrained ones, since nothing is downloaded, and every arm treats them so by its defaults. Each library keeps its own defaults: blocks computes in bfloat16 where the hardware has it, reads a JPEG at a fraction of its size where that is enough, and uses threads;
 “strict” is blocks in 32 bits with every JPEG read in full. The peers compute in 32 bits. “By hand” is a careful loop with torchvision's v2 transforms; Lightning has that loop's model and loaders.
-Kinds of augmentation are the same (flip, rotation, zoom, perspective, brightness and contrast), but for timm, whose transforms have no rotation and no perspective outside of RandAugment."""
+Kinds of augmentation are the same (flip, rotation, zoom, perspective, brightness and contrast), but for timm, whose transforms have no rotation and no perspective outside of RandAugment.
+
+“At best” is what a comparison would come to if blocks did nothing but what cannot be left out, as the last table has it, one part after the other on all cores: decoding (of a large JPEG, reading its whole stream),
+the model's arithmetic in the precision that is used, the import of PyTorch and torchvision. An aim beyond it cannot be met on this machine by a better loop or loader; close to it, what is left is theirs."""
 
 def page(results):
     "RESULTS.md"
@@ -116,7 +128,7 @@ def page(results):
     libraries = table(['', *versions], [[k, *(o.get(k, '–') for o in versions.values())] for k in names])
     smoke = ['', '**A smoke run, of few small files and one round: it shows that everything runs, and its figures say nothing.**'] if any(o['quick'] for o in results['works'].values()) else []
     parts = ['# Benchmarks', '', '<!-- Written by `make bench` from benchmarks/results.json -->', '', summary(results['works']), *smoke, '', '![Ratios](results.png)', '', '## How it was measured', '', HOW, '',
-             '### Machine', '', machine, '', '### Versions', '', libraries, '', *(section(name, results['works'][name]) for name in WORKS if name in results['works'])]
+             '### Machine', '', machine, '', '### Versions', '', libraries, '', *(section(name, results['works']) for name in WORKS if name in results['works'])]
     return '\n'.join(parts).rstrip() + '\n'
 
 # plot
