@@ -85,13 +85,35 @@ def arm_row(runs, arm, work):
     note = 'training loss ' + ' → '.join(f'{statistics.fmean(o):.3f}' for o in zip(*losses)) if losses else got[0].get('files', '')
     return [ARMS[arm], *(number(v, METRICS[m].digits) for v, m in zip(values, work.shows)), f"{note}{', ' if note else ''}{len(got)} round{'s' if len(got) > 1 else ''}" + (f"; failed once or more: {told['failed']}" if told and 'failed' in told else '')]
 
+def parts(name, works):
+    "The parts of a work that cannot be left out, as `limits` and `model_*` have measured them by themselves → what each takes; None where that is not known, and for the few files of a smoke run"
+    if works[name].get('quick'): return None
+    def measured(o): return {m: v for m in WORKS[o].shows if o in works and (v := median(figures(works[o]['runs'], 'blocks', m)))}
+    models = {w.spec['arch']: measured(o) for o, w in WORKS.items() if w.kind == 'model'}
+    try: return WORKS[name].parts(measured('limits'), models) if WORKS[name].parts else None
+    except KeyError: return None                                         # a part was not measured, or failed
+
+def cost(name, value):
+    "A figure in the first metric of a work as time: (value, unit); a rate becomes milliseconds an image"
+    metric = WORKS[name].shows[0]
+    return (1000/value, 'ms an image') if metric == 'img_s' else (value, metric if metric == 'ms' else 's')
+
 def at_best(name, goal, works):
-    "What `goal` would come to if blocks did nothing but the parts that it cannot leave out, as `limits` has measured them; None where that is not known"
-    work, limits = WORKS[name], {m: median(figures(works.get('limits', {}).get('runs', {}), 'blocks', m)) for m in WORKS['limits'].shows}
+    "What `goal` would come to if blocks did nothing but the parts that it cannot leave out; None where that is not known"
     theirs = median(figures(works[name]['runs'], goal.peer, goal.metric)) if goal.peer else None
-    if not work.best or not theirs or goal.arm != 'blocks' or goal.metric != work.shows[0] or None in limits.values(): return None
-    ours = work.best(limits)
-    return theirs/ours if goal.kind == 'faster' and not METRICS[goal.metric].higher else ours/theirs
+    needed = parts(name, works)
+    if not needed or not theirs or goal.arm != 'blocks' or goal.metric != WORKS[name].shows[0]: return None
+    best = cost(name, theirs)[0]/sum(needed.values())
+    return best if goal.kind == 'faster' else 1/best
+
+def profile(name, works):
+    "The parts of a work and the whole, in a sentence, and what keeps it from an aim that it misses"
+    needed, ours = parts(name, works), median(figures(works[name]['runs'], 'blocks', WORKS[name].shows[0]))
+    if not needed or not ours: return []
+    whole, unit = cost(name, ours)
+    missed = any(met(g, ratio(works[name]['runs'], g)) is False for g in WORKS[name].goals if g.metric == WORKS[name].shows[0])
+    each = ', '.join(f'{k} {number(v, 1)}' for k, v in needed.items())
+    return [f"Parts by themselves, in {unit}: {each}; together {number(sum(needed.values()), 1)}, and {number(whole, 1)} were measured for the whole." + (f' {WORKS[name].why}'.rstrip().replace('\n', ' ') if missed else ''), '']
 
 def section(name, works):
     "One work: its figures, and its aims"
@@ -100,6 +122,7 @@ def section(name, works):
     lines = [f'## {work.title}', '', table(['', *(METRICS[m].title for m in work.shows), 'notes'], [arm_row(runs, a, work) for a in work.all_arms]), '']
     if o.get('of'): lines += [f"Measured: {o['of']}.", '']
     if work.goals: lines += [table(['aim', 'target', 'measured', 'at best', ''], [[*wording(g), span(got := ratio(runs, g), 3 if g.kind == 'as_good' else 2), number(at_best(name, g, works)), verdict(g, got, runs)] for g in work.goals]), '']
+    lines += profile(name, works)
     return '\n'.join(lines)
 
 def summary(works):
@@ -117,7 +140,7 @@ pretrained ones, since nothing is downloaded, and every arm treats them so by it
 “strict” is blocks in 32 bits with every JPEG read in full. The peers compute in 32 bits. “By hand” is a careful loop with torchvision's v2 transforms; Lightning has that loop's model and loaders.
 Kinds of augmentation are the same (flip, rotation, zoom, perspective, brightness and contrast), but for timm, whose transforms have no rotation and no perspective outside of RandAugment.
 
-“At best” is what a comparison would come to if blocks did nothing but what cannot be left out, as the last table has it, one part after the other on all cores: decoding (of a large JPEG, reading its whole stream),
+“At best” is what a comparison would come to if blocks did nothing but what cannot be left out, as the last tables have it, one part after the other on all cores: decoding (of a large JPEG, reading its whole stream),
 the model's arithmetic in the precision that is used, the import of PyTorch and torchvision. An aim beyond it cannot be met on this machine by a better loop or loader; close to it, what is left is theirs."""
 
 def page(results):

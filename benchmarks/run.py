@@ -1,10 +1,11 @@
 """Measure blocks and its peers in turn, and write RESULTS.md, results.json and results.png beside this file.
 
-    make bench                              everything, about an hour and a half on two cores
+    make bench                              everything, about three hours on two cores
     make bench ONLY=loader ROUNDS=5         the works whose names begin so; results of others are kept
     make bench QUICK=1                      a smoke run: few files, one round; written under benchmarks/.data/quick
 """
 import argparse, hashlib, json, os, platform, signal, subprocess, sys, threading, time
+from contextlib import nullcontext
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -106,10 +107,10 @@ class Peak:
 
 def script(arm): return HERE/f"arm_{arm.split('_')[0]}.py"
 
-def measure(python, arm, kind, spec, timeout=LIMIT):
-    "The figures of one process: a dict, with the key `failed` and its last words where it did not end well"
+def measure(python, arm, kind, spec, timeout=LIMIT, watch=True):
+    "The figures of one process: a dict, with the key `failed` and its last words where it did not end well; to `watch` its memory takes some milliseconds of a core every second"
     process = subprocess.Popen([python, script(arm), kind, json.dumps(dict(arm=arm, **spec))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors='replace', cwd=HERE, start_new_session=True)
-    with Peak(process.pid) as peak:
+    with Peak(process.pid) if watch else nullcontext() as peak:
         try: out, err = process.communicate(timeout=timeout)
         except BaseException as e:
             for pid in reversed(family(process.pid)): _end(pid)
@@ -118,7 +119,7 @@ def measure(python, arm, kind, spec, timeout=LIMIT):
             raise
     got = answer(out) if process.returncode == 0 else None
     if got is None: return dict(failed=last_words(err) or f'ended with code {process.returncode}')
-    return got if 'na' in got or not peak.mb else dict(got, peak_mb=peak.mb)
+    return got if 'na' in got or not watch or not peak.mb else dict(got, peak_mb=peak.mb)
 
 def _end(pid):
     try: os.kill(pid, 9)
@@ -144,7 +145,7 @@ def run_work(name, work, pythons, rounds, quick, say=print):
     for r, arm in turns(work, n_rounds):
         if any(o and 'na' in o for o in runs[arm]): continue             # it will not be there in the next round either
         start = time.perf_counter()
-        runs[arm][r] = got = measure(pythons['blocks' if arm.startswith('blocks') else 'peers'], arm, work.kind, work.spec_of(quick) | dict(seed=r))
+        runs[arm][r] = got = measure(pythons['blocks' if arm.startswith('blocks') else 'peers'], arm, work.kind, work.spec_of(quick) | dict(seed=r), watch='peak_mb' in work.shows)
         told = ', '.join(f'{k} {v:.4g}' if isinstance(v, (int, float)) else f'{k}: {v}' for k, v in got.items() if k != 'train_losses')
         say(f'{name}, round {r+1} of {n_rounds}, {arm} ({time.perf_counter()-start:.0f} s): {told}', flush=True)
     return dict(rounds=n_rounds, quick=quick, of=state(), runs=runs)
