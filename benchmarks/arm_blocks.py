@@ -149,20 +149,26 @@ def _overhead(spec):
 def limits(spec):
     "Parts of the work by themselves, which bound the whole: decoding in one thread for each core with nothing else, one image through the model, and the import of PyTorch"
     import os
+    from random import Random
     import simplejpeg
     from PIL import Image
+    from blocks import RandomResizedCrop
     from blocks.data.ahead import reading_threads
-    from blocks.data.image import open_image
+    from blocks.data.image import open_image, read_image
     def png(file): open_image(file, whole=True).load()
     def jpeg(file): simplejpeg.decode_jpeg(Path(file).read_bytes())
     def eighth(file):
         "What a decoder cannot leave out: the whole stream is read, and of each block of 8 × 8 pixels the mean is kept"
         with Image.open(file) as im: im.draft('RGB', (1, 1)); im.load()
+    def crop(file):
+        "The same, with as many pixels as the decoder can give for the random crop that is asked for"
+        with open_image(file) as im: read_image(im, random_crop.draw(*im.size, Random(Path(file).name)), resample=lambda pixels, size: pixels)
+    random_crop = RandomResizedCrop(224)
     def decoded(set, f, limit=450):
         files = read_set({**spec, 'set': set, 'limit': limit})[0]
         with reading_threads(os.cpu_count()) as pool: return len(files)/min(timed(lambda: list(pool.map(f, files)))[0] for _ in range(3))
     forward = Bare(spec).forward
-    return dict(png_s=decoded('png', png), jpeg_s=decoded('jpeg', jpeg), jpeg12_s=decoded('12mp', eighth, 24), single_ms=forward('fp32', 1), import_s=cold_import('import torch, torchvision', 3))
+    return dict(png_s=decoded('png', png), jpeg_s=decoded('jpeg', jpeg), jpeg12_s=decoded('12mp', eighth, 24), jpeg12_crop_s=decoded('12mp', crop, 24), single_ms=forward('fp32', 1), import_s=cold_import('import torch, torchvision', 3))
 
 class Bare:
     "A model on a batch that is ready: milliseconds of its passes"

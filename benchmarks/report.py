@@ -140,8 +140,9 @@ pretrained ones, since nothing is downloaded, and every arm treats them so by it
 “strict” is blocks in 32 bits with every JPEG read in full. The peers compute in 32 bits. “By hand” is a careful loop with torchvision's v2 transforms; Lightning has that loop's model and loaders.
 Kinds of augmentation are the same (flip, rotation, zoom, perspective, brightness and contrast), but for timm, whose transforms have no rotation and no perspective outside of RandAugment.
 
-“At best” is what a comparison would come to if blocks did nothing but what cannot be left out, as the last tables have it, one part after the other on all cores: decoding (of a large JPEG, reading its whole stream),
-the model's arithmetic in the precision that is used, the import of PyTorch and torchvision. An aim beyond it cannot be met on this machine by a better loop or loader; close to it, what is left is theirs."""
+“At best” is what a comparison would come to if blocks did nothing but what cannot be left out, as the last tables have it, one part after the other on all cores: decoding (of a large JPEG, at the sizes that its crops allow),
+the model's arithmetic in the precision that is used, the import of PyTorch and torchvision. An aim beyond it cannot be met on this machine by a better loop or loader; close to it, what is left is theirs.
+Parts are measured at another moment than the whole, and where a machine's speed varies by a tenth or two between them, a whole may take less than its parts."""
 
 def page(results):
     "RESULTS.md"
