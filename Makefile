@@ -1,6 +1,6 @@
 # make demo        the main job on real images: train, look, export, predict
 # make test        everything that CI checks; its parts: check, lint, notebooks, readme-code, pytest
-# make bench       blocks beside its peers, in turn: three hours; ONLY=loader ROUNDS=5 for a part of it, QUICK=1 for a smoke run
+# make bench       blocks beside its peers, in turn: two hours; ONLY=loader ROUNDS=5 for a part of it, QUICK=1 for a smoke run
 # make export      notebooks -> blocks/ and README.md
 # PYTHON=python3.12 names the Python that .venv is made with, 3.10 or newer
 

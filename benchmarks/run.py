@@ -1,6 +1,6 @@
 """Measure blocks and its peers in turn, and write RESULTS.md, results.json and results.png beside this file.
 
-    make bench                              everything, about three hours on two cores
+    make bench                              everything, about two hours on two cores
     make bench ONLY=loader ROUNDS=5         the works whose names begin so; results of others are kept
     make bench QUICK=1                      a smoke run: few files, one round; written under benchmarks/.data/quick
 """

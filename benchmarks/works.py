@@ -63,7 +63,7 @@ def fine_tune(title, arch, fastai, hand, n, once=(), why='', **more):
 
 def bare_model(title, arch): return Work(f'{title} by itself, on 64 ready pictures of 128 px', 'model', dict(**CELLS, arch=arch, n=9), dict(limit=128, n=1), 2, arms=('blocks',), shows=('forward_s', 'forward_fp32_s', 'frozen_s', 'step_s', 'step_fp32_s'))
 
-ARITHMETIC = "The model's arithmetic is the bound. The peers do it in 32 bits and blocks in 16, and how much faster a pass in 16 bits is depends on the processor: the last tables have it."
+ARITHMETIC = "The model's arithmetic is the bound. The peers do it in 32 bits and blocks in 16 where the processor has instructions for them, and how much faster that is depends on the processor: the last tables have it."
 STREAM = """A JPEG is one stream of codes of variable length, of which no part can be read before what precedes it; the peers decode all of it to pixels, blocks to as small a size as the crop allows (of half the crops a quarter of each side, else a half or all), whole, since the decoders at hand cannot leave out what lies beside it.
 Ending at the lower edge of the crop would save a seventh of the stream on average, and a file that is damaged below it would go unnoticed."""
 SINGLE = "The model's pass over one image in 32 bits is nearly all of the time, and it is the same operation for all arms. With weights packed beforehand for the processor it took three quarters of that, but small models took longer, and the aim would still be missed."
